@@ -1,0 +1,5 @@
+//! Logits to tokens.
+
+pub mod params;
+
+pub use params::{SamplingParams, TokenLogprobs};
