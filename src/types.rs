@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 /// The name a model is served under; engine handles are keyed by it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ModelId(pub Arc<str>);
 
 impl ModelId {
@@ -25,7 +25,7 @@ impl fmt::Display for ModelId {
 }
 
 /// One HTTP request; appears in `x-request-id`, in the log and in answers.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub Arc<str>);
 
 impl RequestId {
@@ -58,7 +58,7 @@ pub struct BlockId(pub u32);
 pub struct SlotId(pub u32);
 
 /// Which device a model replica computes on, as the operator names it: `cpu`, `cuda:0`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DeviceId(pub Arc<str>);
 
 impl fmt::Display for DeviceId {
