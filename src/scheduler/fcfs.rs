@@ -292,7 +292,7 @@ impl Scheduler {
             if let Some(slot) = sequence.slot {
                 samples.push(SampleTarget { seq: id, slot, position });
             }
-            sequence.in_flight = 1;
+            sequence.in_flight += 1;
             for target in self.fork(id, plan) {
                 samples.push(target);
             }

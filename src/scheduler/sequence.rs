@@ -36,7 +36,7 @@ pub struct Sequence {
     pub max_tokens: usize,
     /// Tokens whose K and V are computed, launched steps included.
     pub computed: usize,
-    /// Drawn in a launched step, not yet known to the host: 0 or 1.
+    /// Drawn in launched steps and not yet known to the host: at most the pipeline depth.
     pub in_flight: usize,
     pub blocks: Vec<BlockId>,
     pub slot: Option<SlotId>,
