@@ -129,6 +129,30 @@ fn unreachable_hub_falls_through_to_packages_joined_in_order() {
 }
 
 #[test]
+fn a_path_source_is_used_in_place_if_it_is_the_stated_file() {
+    let setup = Setup::new();
+    let mine = setup.dir.path().join("mine.gguf");
+    let source = format!("[[sources]]\nkind = \"path\"\npath = \"{}\"\n", mine.display());
+    let error = setup.resolve(&source, &Notes::default()).unwrap_err().to_string();
+    assert!(error.contains("mine.gguf"), "{error}");
+    fs::write(&mine, vec![0; setup.content.len()]).unwrap();
+    let error = setup.resolve(&source, &Notes::default()).unwrap_err().to_string();
+    assert!(error.contains("sha256 is"), "{error}");
+    fs::write(&mine, &setup.content).unwrap();
+    let offline = setup.registry(&setup.manifest(&source), true).unwrap();
+    let model = offline.resolve("tiny", &NoProgress).unwrap();
+    assert_eq!(model.source, ModelSource::Gguf { path: mine });
+}
+
+#[test]
+fn an_unwritable_cache_says_what_to_do() {
+    let setup = Setup::new();
+    fs::write(setup.dir.path().join("cache"), "a file where the cache should be").unwrap();
+    let error = setup.resolve(PARTS, &Notes::default()).unwrap_err().to_string();
+    assert!(error.contains("choose another cache directory"), "{error}");
+}
+
+#[test]
 fn damaged_and_unfinished_files_are_never_used() {
     let setup = Setup::new();
     let cache = setup.dir.path().join("cache/tiny");
