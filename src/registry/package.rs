@@ -57,8 +57,9 @@ fn download(pip: &str, package: &str, dir: &Path) -> Result<(), String> {
             Ok(output) if output.status.success() => return Ok(()),
             Ok(output) => {
                 let stderr = String::from_utf8_lossy(&output.stderr);
-                let errors = stderr.lines().filter(|l| l.starts_with("ERROR"));
-                let reason = errors.last().or(stderr.lines().last()).unwrap_or("no message");
+                let mut errors = stderr.lines().filter(|l| l.starts_with("ERROR"));
+                let reason =
+                    errors.next_back().or(stderr.lines().next_back()).unwrap_or("no message");
                 return Err(format!("{line} download {package} failed: {reason}"));
             }
         }
