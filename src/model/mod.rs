@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use llama::{Llama, RuntimeLimits};
-//pub use load::{WeightFiles, load};
+pub use load::{GgufFile, WeightFiles, load};
 
 use crate::ops::PackedWeight;
 
