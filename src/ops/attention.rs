@@ -132,7 +132,11 @@ fn attend_body(kv: &Kv<'_>, q: &[f32], y: &mut [f32], from: usize, to: usize) {
                 sum += score;
             }
             total[head] = total[head].mul_add(shrink, sum);
-            accumulate(&mut y[head * dim..(head + 1) * dim], &scores, v, shrink, dim);
+            // Slots outside the range may hold anything, NaN included, which a weight of zero
+            // does not cancel: they are left out.
+            let seen = from.saturating_sub(first)..(to - first).min(KV_BLOCK_TOKENS);
+            let (scores, v) = (&scores[seen.clone()], &v[seen.start * dim..seen.end * dim]);
+            accumulate(&mut y[head * dim..(head + 1) * dim], scores, v, shrink, dim);
         }
     }
     for head in 0..group {
@@ -145,7 +149,7 @@ fn attend_body(kv: &Kv<'_>, q: &[f32], y: &mut [f32], from: usize, to: usize) {
 
 /// `y = y * shrink + scores V`, 64 columns at a time so that they stay in registers.
 #[inline(always)]
-fn accumulate(y: &mut [f32], scores: &[f32; 16], v: &[f32], shrink: f32, dim: usize) {
+fn accumulate(y: &mut [f32], scores: &[f32], v: &[f32], shrink: f32, dim: usize) {
     for (part, y) in y.chunks_mut(64).enumerate() {
         let columns = part * 64;
         if y.len() == 64 {
