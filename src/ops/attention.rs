@@ -132,7 +132,11 @@ fn attend_body(kv: &Kv<'_>, q: &[f32], y: &mut [f32], from: usize, to: usize) {
                 sum += score;
             }
             total[head] = total[head].mul_add(shrink, sum);
-            accumulate(&mut y[head * dim..(head + 1) * dim], &scores, v, shrink, dim);
+            // Slots outside the range may hold anything, NaN included, which a weight of zero
+            // does not cancel: they are left out.
+            let seen = from.saturating_sub(first)..(to - first).min(KV_BLOCK_TOKENS);
+            let (scores, v) = (&scores[seen.clone()], &v[seen.start * dim..seen.end * dim]);
+            accumulate(&mut y[head * dim..(head + 1) * dim], scores, v, shrink, dim);
         }
     }
     for head in 0..group {
@@ -145,7 +149,7 @@ fn attend_body(kv: &Kv<'_>, q: &[f32], y: &mut [f32], from: usize, to: usize) {
 
 /// `y = y * shrink + scores V`, 64 columns at a time so that they stay in registers.
 #[inline(always)]
-fn accumulate(y: &mut [f32], scores: &[f32; 16], v: &[f32], shrink: f32, dim: usize) {
+fn accumulate(y: &mut [f32], scores: &[f32], v: &[f32], shrink: f32, dim: usize) {
     for (part, y) in y.chunks_mut(64).enumerate() {
         let columns = part * 64;
         if y.len() == 64 {
@@ -166,6 +170,38 @@ fn accumulate(y: &mut [f32], scores: &[f32; 16], v: &[f32], shrink: f32, dim: us
                     sum = v[columns + index].mul_add(*score, sum);
                 }
                 *y = sum;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// K is zero, so a row is the mean of the V it may see; all else is NaN.
+    fn check(dim: usize, from: usize, to: usize) {
+        let shape = KvShape { layers: 1, blocks: 3, kv_heads: 1, head_dim: dim };
+        let mut cache = vec![f32::NAN; shape.elements()];
+        for token in from..to {
+            let (block, slot) = (token / KV_BLOCK_TOKENS, token % KV_BLOCK_TOKENS);
+            for d in 0..dim {
+                cache[shape.k(0, block, 0) + d * KV_BLOCK_TOKENS + slot] = 0.0;
+                cache[shape.v(0, block, 0) + slot * dim + d] = token as f32;
+            }
+        }
+        let kv = Kv { cache: &cache, shape, layer: 0, head: 0, table: &[0, 1, 2] };
+        let (q, mut y) = (vec![1.0; 2 * dim], vec![f32::NAN; 2 * dim]);
+        attend(&kv, &q, &mut y, from, to);
+        let mean = (from + to - 1) as f32 / 2.0;
+        assert!(y.iter().all(|y| (y - mean).abs() < 1e-3), "{dim} {from}..{to}: {y:?}");
+    }
+
+    #[test]
+    fn slots_outside_the_range_do_not_count_whatever_they_hold() {
+        for dim in [2, 64, 80, 128] {
+            for (from, to) in [(0, 1), (0, 15), (0, 16), (0, 17), (5, 9), (15, 17), (18, 40)] {
+                check(dim, from, to);
             }
         }
     }
