@@ -1,16 +1,35 @@
 //! The engine thread: plan, run, commit.
+//!
+//! One OS thread owns the scheduler and the device. A step is three verbs: the scheduler plans,
+//! the device runs, and the results are committed. With pipeline depth 2 the next step is launched
+//! before the last one is committed.
 
+pub mod device;
 pub mod handle;
+pub mod inputs;
+pub mod output;
 pub mod request;
+mod run;
 pub mod snapshot;
 
 pub use handle::{EngineHandle, RequestStream};
 pub use request::{
     GenerateRequest, OutputToken, RequestError, RequestUsage, StopParams, StreamEvent, SubmitError,
 };
+pub use run::{EngineOptions, EngineThread, start};
 pub use snapshot::EngineSnapshot;
 
 /// Everything that can reach an engine thread.
 pub(crate) enum Event {
-    Submit(Box<(GenerateRequest, tokio::sync::mpsc::Sender<StreamEvent>)>),
+    Submit(Box<Submission>),
+    /// End every request with [`RequestError::ShuttingDown`].
+    AbortAll,
+    /// Leave the loop; whatever is live ends as with `AbortAll`.
+    Stop,
+}
+
+/// A request on its way in, and where its events go.
+pub(crate) struct Submission {
+    pub request: GenerateRequest,
+    pub events: tokio::sync::mpsc::Sender<StreamEvent>,
 }

@@ -91,6 +91,8 @@ pub enum SubmitError {
     QueueFull { waiting: usize, retry_after_s: u64 },
     #[error("{tokens} tokens are more than the {max} that fit")]
     TooLong { tokens: usize, max: usize },
+    #[error("{choices} choices are more than the {max} that run at once")]
+    TooManyChoices { choices: usize, max: usize },
     #[error("the server is shutting down")]
     Draining,
     #[error("the engine has stopped")]

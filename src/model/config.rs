@@ -16,9 +16,16 @@ pub enum Family {
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     None,
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// Llama 3.1.
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position: f64 },
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_position: f64,
+    },
     /// Divisors of each frequency, as GGUF stores them.
     Factors(Vec<f32>),
 }
@@ -201,7 +208,9 @@ fn flag(json: &Value, key: &str, default: bool) -> bool {
 
 fn ids(value: Option<&Value>) -> Vec<u32> {
     match value {
-        Some(Value::Array(list)) => list.iter().filter_map(Value::as_u64).map(|id| id as u32).collect(),
+        Some(Value::Array(list)) => {
+            list.iter().filter_map(Value::as_u64).map(|id| id as u32).collect()
+        }
         Some(value) => value.as_u64().map(|id| id as u32).into_iter().collect(),
         None => Vec::new(),
     }

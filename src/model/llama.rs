@@ -64,10 +64,8 @@ impl Llama {
             head_dim: config.head_dim,
         };
         let (views, elements) = lay_out(&config, &limits);
-        let k_max = config
-            .hidden_size
-            .max(config.intermediate_size)
-            .max(config.heads * config.head_dim);
+        let k_max =
+            config.hidden_size.max(config.intermediate_size).max(config.heads * config.head_dim);
         Ok(Self {
             kv: Tensor::zeros(kv_shape.elements(), DType::F32, &Device::Cpu)?,
             arena: Tensor::zeros(elements, DType::F32, &Device::Cpu)?,

@@ -1,6 +1,9 @@
 //! From files to packed weights. The only code that knows GGUF's block formats.
 
-use std::{path::{Path, PathBuf}, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use crate::ops::{Bits, DenseType, PackedWeight, PackedWeightBuilder, QuantRow, QuantSpec};
 
@@ -164,7 +167,9 @@ fn gguf_config(file: &GgufFile) -> Result<ModelConfig, ModelError> {
     }
     let factor = header.get_f32(&format!("{arch}.rope.scaling.factor"));
     let rope_scaling = match (header.tensors.get("rope_freqs.weight"), factor) {
-        (Some(tensor), _) => RopeScaling::Factors(floats(&file.bytes, tensor, "rope_freqs.weight")?),
+        (Some(tensor), _) => {
+            RopeScaling::Factors(floats(&file.bytes, tensor, "rope_freqs.weight")?)
+        }
         (None, Some(factor)) if factor > 0.0 && factor != 1.0 => {
             RopeScaling::Linear { factor: f64::from(factor) }
         }
@@ -205,7 +210,11 @@ struct GgufSource<'a> {
 }
 
 impl GgufSource<'_> {
-    fn tensor(&self, layer: Option<usize>, part: Part) -> Result<(String, &TensorInfo), ModelError> {
+    fn tensor(
+        &self,
+        layer: Option<usize>,
+        part: Part,
+    ) -> Result<(String, &TensorInfo), ModelError> {
         let name = gguf_name(layer, part);
         match self.file.header.tensors.get(&name) {
             Some(tensor) => Ok((name, tensor)),
@@ -255,8 +264,9 @@ impl WeightSource for GgufSource<'_> {
             let rows: Vec<u8> = (0..n).flat_map(|row| row_of(row).iter().copied()).collect();
             return Ok(out.push_dense(n, dtype, &rows)?);
         }
-        let (spec, decode) = decoder(tensor.kind)
-            .ok_or_else(|| ModelError::Unsupported(format!("tensor {name} of type {:?}", tensor.kind)))?;
+        let (spec, decode) = decoder(tensor.kind).ok_or_else(|| {
+            ModelError::Unsupported(format!("tensor {name} of type {:?}", tensor.kind))
+        })?;
         Ok(out.push_quant(n, spec, &mut |row, to| decode(row_of(row), to))?)
     }
 
@@ -264,7 +274,10 @@ impl WeightSource for GgufSource<'_> {
         let (name, tensor) = self.tensor(layer, part)?;
         let values = floats(&self.file.bytes, tensor, &name)?;
         if values.len() != len {
-            return Err(ModelError::Format(format!("tensor {name} has {} values, not {len}", values.len())));
+            return Err(ModelError::Format(format!(
+                "tensor {name} has {} values, not {len}",
+                values.len()
+            )));
         }
         Ok(values)
     }
@@ -286,11 +299,21 @@ type Decode = fn(&[u8], QuantRow<'_>);
 
 /// The layout and the row decoder of each quantised type, as ggml defines its blocks.
 fn decoder(kind: TensorKind) -> Option<(QuantSpec, Decode)> {
-    let spec = |bits, group, zero, has_min, half_scales| QuantSpec { bits, group, zero, has_min, half_scales };
+    let spec = |bits, group, zero, has_min, half_scales| QuantSpec {
+        bits,
+        group,
+        zero,
+        has_min,
+        half_scales,
+    };
     Some(match kind {
-        TensorKind::Q4_0 => (spec(Bits::Four, 32, 8, false, true), |row, to| nibbles(row, to, false)),
+        TensorKind::Q4_0 => {
+            (spec(Bits::Four, 32, 8, false, true), |row, to| nibbles(row, to, false))
+        }
         TensorKind::Q4_1 => (spec(Bits::Four, 32, 0, true, true), |row, to| nibbles(row, to, true)),
-        TensorKind::Q5_0 => (spec(Bits::Eight, 32, 16, false, true), |row, to| five(row, to, false)),
+        TensorKind::Q5_0 => {
+            (spec(Bits::Eight, 32, 16, false, true), |row, to| five(row, to, false))
+        }
         TensorKind::Q5_1 => (spec(Bits::Eight, 32, 0, true, true), |row, to| five(row, to, true)),
         TensorKind::Q8_0 => (spec(Bits::Eight, 32, 128, false, true), q8_0),
         TensorKind::Q4_K => (spec(Bits::Four, 32, 0, true, false), |row, to| k45(row, to, false)),
@@ -325,7 +348,8 @@ fn five(row: &[u8], to: QuantRow<'_>, has_min: bool) {
         if has_min {
             to.min[group] = f16(&block[2..]);
         }
-        let high = u32::from_le_bytes([block[head], block[head + 1], block[head + 2], block[head + 3]]);
+        let high =
+            u32::from_le_bytes([block[head], block[head + 1], block[head + 2], block[head + 3]]);
         for (index, byte) in block[head + 4..].iter().enumerate() {
             let bit = |at: usize| ((high >> at & 1) as u8) << 4;
             to.q[group * 32 + index] = byte & 15 | bit(index);
@@ -347,7 +371,8 @@ fn q8_0(row: &[u8], to: QuantRow<'_>) {
 fn k45(row: &[u8], to: QuantRow<'_>, five: bool) {
     for (index, block) in row.chunks_exact(if five { 176 } else { 144 }).enumerate() {
         let (d, d_min, packed) = (f16(block), f16(&block[2..]), &block[4..16]);
-        let (high, low) = if five { (&block[16..48], &block[48..]) } else { (&[][..], &block[16..]) };
+        let (high, low) =
+            if five { (&block[16..48], &block[48..]) } else { (&[][..], &block[16..]) };
         for group in 0..8 {
             let (scale, min) = match group {
                 0..4 => (packed[group] & 63, packed[group + 4] & 63),
@@ -370,7 +395,8 @@ fn k45(row: &[u8], to: QuantRow<'_>, five: bool) {
 
 fn q6_k(row: &[u8], to: QuantRow<'_>) {
     for (index, block) in row.chunks_exact(210).enumerate() {
-        let (low, high, scales, d) = (&block[..128], &block[128..192], &block[192..208], f16(&block[208..]));
+        let (low, high, scales, d) =
+            (&block[..128], &block[128..192], &block[192..208], f16(&block[208..]));
         for (group, scale) in scales.iter().enumerate() {
             to.scale[index * 16 + group] = d * f32::from(*scale as i8);
         }

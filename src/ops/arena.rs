@@ -8,7 +8,11 @@ use super::CpuPool;
 const PARALLEL_ELEMENTS_MIN: usize = 16 * 1024;
 
 /// The f32 elements of a contiguous tensor.
-pub fn f32_mut<'a>(op: &str, storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+pub fn f32_mut<'a>(
+    op: &str,
+    storage: &'a mut CpuStorage,
+    layout: &Layout,
+) -> Result<&'a mut [f32]> {
     match storage {
         CpuStorage::F32(data) if layout.is_contiguous() && layout.start_offset() == 0 => Ok(data),
         _ => bail!("{op} wants a contiguous f32 tensor"),

@@ -76,7 +76,11 @@ impl InplaceOp2 for Attention<'_> {
                 attend(&kv, q, y, from, position + 1);
             }
         };
-        if units > 1 { self.pool.run(&body) } else { body(0) }
+        if units > 1 {
+            self.pool.run(&body)
+        } else {
+            body(0)
+        }
         Ok(())
     }
 }

@@ -77,8 +77,7 @@ impl InplaceOp2 for KvWrite<'_> {
             if slot == PAD_SLOT {
                 continue;
             }
-            let (block, token) =
-                (slot as usize / KV_BLOCK_TOKENS, slot as usize % KV_BLOCK_TOKENS);
+            let (block, token) = (slot as usize / KV_BLOCK_TOKENS, slot as usize % KV_BLOCK_TOKENS);
             let from = self.qkv.offset + row * self.qkv.cols + self.heads * dim;
             for head in 0..shape.kv_heads {
                 let k = &arena[from + head * dim..][..dim];

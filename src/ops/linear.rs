@@ -108,8 +108,11 @@ impl Linear<'_> {
     fn quantise(&self, isa: Isa, x: &[f32], scratch: &mut Quantised) {
         let k = self.weight.k();
         let groups = k / GROUP;
-        let (q, scale, sums) =
-            (Slot(scratch.q.as_mut_ptr()), Slot(scratch.scale.as_mut_ptr()), Slot(scratch.sums.as_mut_ptr()));
+        let (q, scale, sums) = (
+            Slot(scratch.q.as_mut_ptr()),
+            Slot(scratch.scale.as_mut_ptr()),
+            Slot(scratch.sums.as_mut_ptr()),
+        );
         assert!(scratch.q.len() >= self.rows * k, "scratch for {} rows of {k}", self.rows);
         let rows = |from: usize, to: usize| {
             for row in from..to {

@@ -84,7 +84,8 @@ fn quantise(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i32]) {
         }
         scale[group] = step;
         for half in 0..2 {
-            sums[group * 2 + half] = q[half * 16..(half + 1) * 16].iter().map(|q| i32::from(*q)).sum();
+            sums[group * 2 + half] =
+                q[half * 16..(half + 1) * 16].iter().map(|q| i32::from(*q)).sum();
         }
     }
 }
@@ -260,8 +261,7 @@ mod x86 {
                         let w = match spec.bits {
                             Bits::Eight => _mm512_loadu_si512(bytes.add(vector * 64).cast()),
                             Bits::Four => {
-                                let packed =
-                                    _mm512_loadu_si512(bytes.add(vector % 4 * 64).cast());
+                                let packed = _mm512_loadu_si512(bytes.add(vector % 4 * 64).cast());
                                 let packed = if vector < 4 {
                                     packed
                                 } else {

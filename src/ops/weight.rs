@@ -246,7 +246,8 @@ impl PackedWeightBuilder {
         let out = data.bytes_mut();
         for row in 0..n {
             let tile = row / TILE * tile_bytes + row % TILE * size;
-            for (index, value) in bytes[row * k * size..][..k * size].chunks_exact(size).enumerate() {
+            for (index, value) in bytes[row * k * size..][..k * size].chunks_exact(size).enumerate()
+            {
                 out[tile + index * TILE * size..][..size].copy_from_slice(value);
             }
         }
@@ -269,7 +270,10 @@ impl PackedWeightBuilder {
     ) -> Result<()> {
         let k = self.weight.k;
         if k % GROUP != 0 || !matches!(spec.group, 16 | 32) {
-            bail!("a quantised weight needs rows divisible by {GROUP}, got {k}, group {}", spec.group);
+            bail!(
+                "a quantised weight needs rows divisible by {GROUP}, got {k}, group {}",
+                spec.group
+            );
         }
         let tile_bytes = k / GROUP * spec.group_bytes();
         let mut data = AlignedBuf::zeroed(n.div_ceil(TILE) * tile_bytes);

@@ -1,5 +1,8 @@
 //! Logits to tokens.
 
 pub mod params;
+pub mod philox;
+pub mod sampler;
 
 pub use params::{SamplingParams, TokenLogprobs};
+pub use sampler::{SampleRow, Sampled, Sampler, token_logprobs};

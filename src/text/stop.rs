@@ -44,8 +44,53 @@ impl StopMatcher {
         StopStep { emit: std::mem::take(&mut self.held), matched: false }
     }
 
-    /// The withheld text, once no more will come.
-    pub fn finish(&mut self) -> String {
-        std::mem::take(&mut self.held)
+    /// What is withheld, once no more text will come: a longer stop string that began earlier may
+    /// have kept a complete shorter one from being seen.
+    pub fn finish(&mut self) -> StopStep {
+        let mut emit = std::mem::take(&mut self.held);
+        let at = self.stops.iter().filter_map(|stop| emit.find(stop.as_str())).min();
+        if let Some(at) = at {
+            emit.truncate(at);
+            self.matched = true;
+        }
+        StopStep { emit, matched: at.is_some() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
+        let stops: Vec<String> = stops.iter().map(|stop| stop.to_string()).collect();
+        let mut matcher = StopMatcher::new(&stops);
+        let mut text = String::new();
+        for piece in pieces {
+            let step = matcher.push(piece);
+            text.push_str(&step.emit);
+            if step.matched {
+                return (text, true);
+            }
+        }
+        let step = matcher.finish();
+        (text + &step.emit, step.matched)
+    }
+
+    #[test]
+    fn stops_are_cut_off_wherever_the_text_is_split() {
+        for (stops, text, expected) in [
+            (&["END"][..], "oneENDtwo", ("one", true)),
+            (&["END"], "oneENtwo", ("oneENtwo", false)),
+            (&["abc", "b"], "ab", ("a", true)),
+            (&["aab"], "aaab", ("a", true)),
+            (&["", "x"], "yz", ("yz", false)),
+            (&["é!"], "caf\u{e9}!x", ("caf", true)),
+        ] {
+            let whole = run(stops, &[text]);
+            assert_eq!((whole.0.as_str(), whole.1), expected, "{stops:?} {text}");
+            let singles: Vec<String> = text.chars().map(String::from).collect();
+            let singles: Vec<&str> = singles.iter().map(String::as_str).collect();
+            assert_eq!(run(stops, &singles), whole, "{stops:?} {text} by character");
+        }
     }
 }

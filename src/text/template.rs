@@ -1,18 +1,15 @@
 //! Chat templates: Jinja, as tokenizer files carry them.
 
-use minijinja::{Environment, Error, ErrorKind, context};
-use serde::Serialize;
-
 use super::{TextError, Tokenizer};
+use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 
 /// Put inside special-token literals that a user typed, so that they stay text.
 const NONCE: char = '\u{10fffd}';
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct ChatMessage {
     pub role: String,
     pub content: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
 
@@ -26,9 +23,14 @@ pub struct ChatTemplate {
 impl ChatTemplate {
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TextError> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|error| TextError::Template(error.to_string()))?;
+        environment.set_syntax(syntax);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -65,6 +67,7 @@ impl ChatTemplate {
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
         let template = self.environment.get_template("chat");
+        let messages: Vec<Value> = messages.iter().map(as_value).collect();
         let (bos_token, eos_token) = (&self.bos, &self.eos);
         template
             .and_then(|template| {
@@ -72,4 +75,10 @@ impl ChatTemplate {
             })
             .map_err(|error| TextError::Template(error.detail().unwrap_or("it failed").to_owned()))
     }
+}
+
+fn as_value(message: &ChatMessage) -> Value {
+    let pairs = [("role", Some(&message.role)), ("content", Some(&message.content))];
+    let pairs = pairs.into_iter().chain([("name", message.name.as_ref())]);
+    Value::from_pairs(pairs.filter_map(|(key, value)| Some((key, value?.clone()))))
 }

@@ -64,17 +64,17 @@ impl Tokenizer {
         if vocab.model != "gpt2" {
             return Err(TextError::Unsupported(format!("GGUF tokenizer {}", vocab.model)));
         }
-        let byte_level = |use_regex| {
-            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
-        };
-        let split = |pattern: &str| {
-            json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false})
-        };
+        let byte_level = |use_regex| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+        let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
         let common = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
         let pre = match vocab.pre.as_str() {
-            "smollm" => vec![json!({"type": "Digits", "individual_digits": true}), byte_level(true)],
+            "smollm" => {
+                vec![json!({"type": "Digits", "individual_digits": true}), byte_level(true)]
+            }
             "gpt-2" | "default" => vec![byte_level(true)],
-            "llama-bpe" | "llama3" => vec![split(&common.replace("DIGITS", "{1,3}")), byte_level(false)],
+            "llama-bpe" | "llama3" => {
+                vec![split(&common.replace("DIGITS", "{1,3}")), byte_level(false)]
+            }
             "qwen2" => vec![split(&common.replace("DIGITS", "")), byte_level(false)],
             other => return Err(TextError::Unsupported(format!("GGUF pre-tokenizer {other}"))),
         };
@@ -114,7 +114,7 @@ impl Tokenizer {
     /// Ids of a rendered template: its special tokens count, those marked with `nonce` do not.
     pub fn encode_with_special(&self, text: &str, nonce: char) -> Result<Vec<u32>, TextError> {
         let mut ids = Vec::new();
-        let mut plain = |text: &str, ids: &mut Vec<u32>| -> Result<(), TextError> {
+        let plain = |text: &str, ids: &mut Vec<u32>| -> Result<(), TextError> {
             if !text.is_empty() {
                 ids.extend(self.encode(&text.replace(nonce, ""), false)?);
             }

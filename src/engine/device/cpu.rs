@@ -1,0 +1,92 @@
+//! The CPU as a device: a launch computes the step at once and keeps the outcome for `collect`.
+
+use std::collections::VecDeque;
+
+use crate::{
+    clock::Clock,
+    model::Llama,
+    sampling::{SampleRow, Sampled, Sampler, token_logprobs},
+};
+
+use super::{Device, DeviceError, DeviceOutcome, DeviceStep};
+
+/// A model on the CPU and what it keeps per seat.
+pub struct CpuDevice {
+    model: Llama,
+    sampler: Sampler,
+    /// Last token drawn in each seat; the next step of the sequence starts from it.
+    last_tokens: Vec<u32>,
+    done: VecDeque<DeviceOutcome>,
+    clock: Clock,
+}
+
+impl CpuDevice {
+    pub fn new(model: Llama, seats: usize, clock: Clock) -> Self {
+        let vocab = model.config().vocab_size;
+        Self {
+            model,
+            sampler: Sampler::new(seats, vocab),
+            last_tokens: vec![0; seats],
+            done: VecDeque::new(),
+            clock,
+        }
+    }
+
+    fn compute(&mut self, step: &DeviceStep) -> Result<DeviceOutcome, DeviceError> {
+        let started_ns = self.clock.now_ns();
+        for begin in &step.begins {
+            self.sampler.end(begin.slot);
+            self.sampler.begin(
+                begin.slot,
+                &begin.params,
+                begin.choice,
+                &begin.prompt,
+                &begin.output,
+            );
+        }
+        let failed = |error: &dyn std::fmt::Display| DeviceError(error.to_string());
+        self.model.forward(&step.inputs, &self.last_tokens).map_err(|error| failed(&error))?;
+        let rows: Vec<SampleRow<'_>> = step
+            .samples
+            .iter()
+            .map(|spec| SampleRow {
+                logits_row: spec.logits_row,
+                slot: spec.slot,
+                position: spec.position,
+                banned: &spec.banned,
+            })
+            .collect();
+        let vocab = self.model.config().vocab_size;
+        let sampler = &mut self.sampler;
+        let (sampled, scores) = self
+            .model
+            .with_logits(step.inputs.sample_rows.len(), |logits| {
+                let scores = step.scores.iter().map(|spec| {
+                    let from = spec.logits_row as usize * vocab;
+                    token_logprobs(&logits[from..from + vocab], spec.token, spec.top)
+                });
+                let scores: Vec<_> = scores.collect();
+                let mut sampled: Vec<Sampled> = Vec::with_capacity(rows.len());
+                sampler.sample(&rows, logits, &mut sampled);
+                (sampled, scores)
+            })
+            .map_err(|error| failed(&error))?;
+        for drawn in &sampled {
+            self.last_tokens[drawn.slot.0 as usize] = drawn.token;
+        }
+        let sampled = sampled.into_iter().map(|drawn| (drawn.token, drawn.logprobs)).collect();
+        Ok(DeviceOutcome { sampled, scores, device_ns: self.clock.now_ns() - started_ns })
+    }
+}
+
+impl Device for CpuDevice {
+    fn launch(&mut self, step: &DeviceStep) -> Result<(), DeviceError> {
+        let outcome = self.compute(step)?;
+        self.done.push_back(outcome);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<DeviceOutcome, DeviceError> {
+        self.done.pop_front().ok_or_else(|| DeviceError("no step was launched".into()))
+    }
+}
