@@ -1,1 +1,3 @@
-//! See `lib.rs`.
+//! The command line: one file per subcommand.
+
+pub mod assemble;

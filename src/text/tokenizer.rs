@@ -160,6 +160,11 @@ impl Tokenizer {
         }
     }
 
+    /// The id of a special token's literal.
+    pub fn special_id(&self, literal: &str) -> Option<u32> {
+        self.0.special.iter().find(|(text, _)| text == literal).map(|(_, id)| *id)
+    }
+
     pub fn is_special(&self, id: u32) -> bool {
         self.0.special.iter().any(|(_, special)| *special == id)
     }

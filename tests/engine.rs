@@ -1,0 +1,147 @@
+//! The real engine on real weights: right answers, and the same tokens whatever else runs.
+
+mod common;
+
+use std::time::Duration;
+
+use candela::{
+    cli::assemble::{Assembled, EngineSpec, assemble},
+    clock::Clock,
+    engine::{GenerateRequest, RequestStream, StopParams, StreamEvent},
+    sampling::SamplingParams,
+    text::ChatMessage,
+    types::{ModelId, RequestId},
+};
+
+fn start(change: impl FnOnce(&mut EngineSpec)) -> Assembled {
+    let mut spec = EngineSpec {
+        threads: 2,
+        context_tokens_max: Some(512),
+        kv_cache_bytes: 256 << 20,
+        step_tokens_max: 128,
+        running_seqs_max: 32,
+        waiting_requests_max: 64,
+        pipeline_depth: 2,
+        stream_buffer_events_max: 256,
+        client_stall_max: Duration::from_secs(60),
+    };
+    change(&mut spec);
+    let source = common::resolve_default().source;
+    assemble(&ModelId::new("test"), &source, &spec, Clock::system()).expect("the model loads")
+}
+
+fn chat(model: &Assembled, text: &str) -> Vec<u32> {
+    let message = ChatMessage { role: "user".into(), content: text.into(), name: None };
+    let template = model.template.as_ref().expect("a chat template");
+    template.encode(&model.tokenizer, &[message], true).expect("tokens")
+}
+
+fn submit(model: &Assembled, prompt: Vec<u32>, choices: u32, temperature: f32) -> RequestStream {
+    let request = GenerateRequest {
+        id: RequestId::new("r"),
+        prompt: prompt.into(),
+        choices,
+        sampling: SamplingParams { temperature, seed: 7, logprobs: Some(0), ..Default::default() },
+        stop: StopParams { max_tokens: 24, ..Default::default() },
+        prompt_logprobs: None,
+    };
+    model.engine.handle.submit(request).expect("submitted")
+}
+
+/// Text and token ids of every choice.
+async fn read(mut stream: RequestStream, choices: usize) -> Vec<(String, Vec<u32>)> {
+    let mut out = vec![(String::new(), Vec::new()); choices];
+    while let Some(event) = stream.next().await {
+        match event {
+            StreamEvent::Delta { choice, text, tokens } => {
+                out[choice as usize].0.push_str(&text);
+                out[choice as usize].1.extend(tokens.iter().map(|token| token.id));
+            }
+            StreamEvent::Done(_) => return out,
+            StreamEvent::Error(error) => panic!("{error}"),
+            _ => {}
+        }
+    }
+    panic!("the stream ended without a last event");
+}
+
+const PROMPTS: [&str; 6] = [
+    "What is the capital of Portugal?",
+    "Hi",
+    "List three colours.",
+    "Write one sentence about the sea, with the words salt, wind and sail in it, please.",
+    "2 + 2 =",
+    "Translate 'good morning' into French and explain how it is pronounced, step by step.",
+];
+
+#[tokio::test]
+async fn a_real_model_answers() {
+    let model = start(|_| {});
+    let prompt = chat(&model, PROMPTS[0]);
+    let answer = read(submit(&model, prompt, 1, 0.0), 1).await;
+    assert!(answer[0].0.contains("Lisbon"), "{answer:?}");
+    model.engine.handle.stop();
+}
+
+#[tokio::test]
+async fn tokens_do_not_depend_on_batch_chunks_depth_or_recompute() {
+    let mut solo = Vec::new();
+    let model = start(|spec| spec.pipeline_depth = 1);
+    for text in PROMPTS {
+        for (choices, temperature) in [(1, 0.0), (3, 1.0)] {
+            let prompt = chat(&model, text);
+            solo.push(read(submit(&model, prompt, choices, temperature), choices as usize).await);
+        }
+    }
+    model.engine.handle.stop();
+    type Change = fn(&mut EngineSpec);
+    let changes: [(&str, Change); 4] = [
+        ("batched", |_| {}),
+        ("chunks of 7, depth 1", |spec| {
+            spec.step_tokens_max = 39;
+            spec.pipeline_depth = 1;
+        }),
+        ("one thread", |spec| spec.threads = 1),
+        ("few blocks", |spec| spec.kv_cache_bytes = 15 << 20),
+    ];
+    for (name, change) in changes {
+        let model = start(|spec| {
+            change(spec);
+            spec.context_tokens_max = Some(128);
+        });
+        let mut streams = Vec::new();
+        for text in PROMPTS {
+            for (choices, temperature) in [(1, 0.0), (3, 1.0)] {
+                let prompt = chat(&model, text);
+                streams.push((submit(&model, prompt, choices, temperature), choices as usize));
+            }
+        }
+        for ((stream, choices), expected) in streams.into_iter().zip(&solo) {
+            assert_eq!(&read(stream, choices).await, expected, "{name}");
+        }
+        let snapshot = model.engine.handle.snapshot();
+        if name == "few blocks" {
+            assert!(snapshot.preemptions > 0, "nothing was recomputed: {snapshot:?}");
+        }
+        model.engine.handle.stop();
+        model.engine.thread.join().expect("the engine ends in peace");
+        let snapshot = model.engine.handle.snapshot();
+        assert_eq!((snapshot.kv_blocks_used, snapshot.live_seqs), (0, 0), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_stream_frees_everything() {
+    let model = start(|_| {});
+    let streams: Vec<_> =
+        PROMPTS.iter().map(|text| submit(&model, chat(&model, text), 2, 1.0)).collect();
+    drop(streams);
+    for _ in 0..200 {
+        let snapshot = model.engine.handle.snapshot();
+        if snapshot.finished_abort == 12 && snapshot.kv_blocks_used == 0 {
+            return model.engine.handle.stop();
+        }
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    panic!("left over: {:?}", model.engine.handle.snapshot());
+}
