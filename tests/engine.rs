@@ -77,9 +77,9 @@ const PROMPTS: [&str; 6] = [
 #[tokio::test]
 async fn a_real_model_answers() {
     let model = start(|_| {});
-    let prompt = chat(&model, PROMPTS[0]);
+    let prompt = model.tokenizer.encode("The capital of Portugal is", true).expect("tokens");
     let answer = read(submit(&model, prompt, 1, 0.0), 1).await;
-    assert!(answer[0].0.contains("Lisbon"), "{answer:?}");
+    assert!(answer[0].0.starts_with(" Lisbon"), "{answer:?}");
     model.engine.handle.stop();
 }
 

@@ -1,1 +1,101 @@
-//! See `lib.rs`.
+//! HTTP: OpenAI's API over an engine.
+
+mod chat;
+mod error;
+mod request;
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    extract::{DefaultBodyLimit, Path, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde_json::json;
+
+use crate::{
+    clock::Clock,
+    engine::EngineHandle,
+    text::{ChatTemplate, Tokenizer},
+    types::ModelId,
+};
+
+pub use error::ApiError;
+
+/// A model as it is served.
+pub struct ServedModel {
+    pub id: ModelId,
+    pub tokenizer: Tokenizer,
+    pub template: Option<ChatTemplate>,
+    pub engine: EngineHandle,
+    pub context_tokens_max: usize,
+    pub created_unix_s: u64,
+}
+
+/// What every handler sees.
+pub struct AppState {
+    pub model: ServedModel,
+    pub clock: Clock,
+    pub api_key: Option<crate::admission::ApiKey>,
+    pub choices_max: u32,
+}
+
+/// All routes.
+pub fn router(state: Arc<AppState>, body_bytes_max: usize) -> Router {
+    let keyed = Router::new()
+        .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/completions", post(chat::completions))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{id}", get(model))
+        .route_layer(axum::middleware::from_fn_with_state(state.clone(), check_key));
+    Router::new()
+        .merge(keyed)
+        .route("/health", get(|| async { "ok" }))
+        .route("/ready", get(ready))
+        .route("/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
+        .fallback(|| async { ApiError::not_found("this path does not exist; see /v1/models") })
+        .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .layer(DefaultBodyLimit::max(body_bytes_max))
+        .with_state(state)
+}
+
+async fn check_key(
+    State(state): State<Arc<AppState>>,
+    request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> Response {
+    let Some(key) = &state.api_key else { return next.run(request).await };
+    let given = request.headers().get("authorization").and_then(|value| value.to_str().ok());
+    let given = given.and_then(|value| value.strip_prefix("Bearer "));
+    if given.is_some_and(|given| key.matches(given)) {
+        return next.run(request).await;
+    }
+    ApiError::invalid_key().into_response()
+}
+
+async fn ready(State(state): State<Arc<AppState>>) -> Response {
+    if state.model.engine.is_ready() {
+        return "ok".into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, "not ready").into_response()
+}
+
+fn describe(model: &ServedModel) -> serde_json::Value {
+    json!({
+        "id": model.id.as_str(), "object": "model", "created": model.created_unix_s,
+        "owned_by": "candela", "max_model_len": model.context_tokens_max,
+    })
+}
+
+async fn models(State(state): State<Arc<AppState>>) -> Response {
+    Json(json!({"object": "list", "data": [describe(&state.model)]})).into_response()
+}
+
+async fn model(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Response {
+    if id == state.model.id.as_str() {
+        return Json(describe(&state.model)).into_response();
+    }
+    ApiError::unknown_model(&id).into_response()
+}

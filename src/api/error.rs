@@ -1,0 +1,113 @@
+//! Every error as OpenAI shapes it. The only place that knows both domain errors and HTTP.
+
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+
+use crate::{engine::SubmitError, text::TextError};
+
+/// An answer that is not a success.
+#[derive(Debug)]
+pub struct ApiError {
+    pub status: StatusCode,
+    pub kind: &'static str,
+    pub code: Option<&'static str>,
+    pub param: Option<String>,
+    pub message: String,
+    pub retry_after_s: Option<u64>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, code: None, param: None, message: message.into(), retry_after_s: None }
+    }
+
+    /// A request that has to be changed, and which field of it.
+    pub fn invalid(param: Option<&str>, message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message);
+        Self { param: param.map(str::to_owned), ..error }
+    }
+
+    pub fn too_long(tokens: usize, max: usize) -> Self {
+        let message = format!(
+            "the prompt and max_tokens together are {tokens} tokens; this model takes {max}. Shorten the messages or lower max_tokens."
+        );
+        Self { code: Some("context_length_exceeded"), ..Self::invalid(Some("messages"), message) }
+    }
+
+    pub fn not_found(message: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+    }
+
+    pub fn unknown_model(id: &str) -> Self {
+        let message = format!("the model `{id}` is not served here; GET /v1/models lists what is");
+        let error = Self::not_found(&message);
+        Self { code: Some("model_not_found"), param: Some("model".into()), ..error }
+    }
+
+    pub fn method_not_allowed() -> Self {
+        let message = "this path exists, but not for this method";
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
+    pub fn invalid_key() -> Self {
+        let message = "no valid API key: send the header `Authorization: Bearer KEY`";
+        let error = Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message);
+        Self { code: Some("invalid_api_key"), ..error }
+    }
+
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message);
+        Self { retry_after_s: Some(1), ..error }
+    }
+
+    /// The body of the answer, also sent inside a stream.
+    pub fn body(&self) -> Value {
+        json!({"error": {
+            "message": self.message, "type": self.kind, "param": self.param, "code": self.code,
+        }})
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        match error {
+            SubmitError::TooLong { tokens, max } => Self::too_long(tokens, max),
+            SubmitError::TooManyChoices { .. } => Self::invalid(Some("n"), error.to_string()),
+            SubmitError::QueueFull { retry_after_s, .. } => Self {
+                status: StatusCode::TOO_MANY_REQUESTS,
+                kind: "rate_limit_error",
+                code: Some("queue_full"),
+                retry_after_s: Some(retry_after_s),
+                ..Self::internal(format!("{error}; try again later"))
+            },
+            SubmitError::Draining | SubmitError::Stopped => Self::unavailable(error.to_string()),
+        }
+    }
+}
+
+impl From<TextError> for ApiError {
+    fn from(error: TextError) -> Self {
+        match error {
+            TextError::Template(_) => Self::invalid(Some("messages"), error.to_string()),
+            _ => Self::internal(error.to_string()),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert("retry-after", HeaderValue::from(seconds));
+        }
+        response
+    }
+}
