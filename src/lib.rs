@@ -13,8 +13,6 @@ pub mod cache;
 pub mod cli;
 /// The only place that reads the time.
 pub mod clock;
-/// Flags, environment and file as one validated configuration; every limit and default.
-pub mod config;
 /// The engine thread: plan, run, commit.
 pub mod engine;
 /// Model files to weights, and the one forward.
@@ -29,8 +27,6 @@ pub mod registry;
 pub mod sampling;
 /// Queues and policy; pure.
 pub mod scheduler;
-/// Prometheus metrics and logs.
-pub mod telemetry;
 /// Tokenizer, chat template, incremental detokenizer, stop strings.
 pub mod text;
 /// Ids and units, shared by everything.

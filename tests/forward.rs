@@ -79,7 +79,8 @@ fn oracle(path: &std::path::Path) -> Vec<f32> {
     let mut file = std::fs::File::open(path).expect("opens");
     let content = gguf_file::Content::read(&mut file).expect("header");
     let mut oracle = ModelWeights::from_gguf(content, &mut file, &Device::Cpu).expect("loads");
-    let input = Tensor::new(&PROMPT[..], &Device::Cpu).expect("tensor").unsqueeze(0).expect("batch");
+    let input =
+        Tensor::new(&PROMPT[..], &Device::Cpu).expect("tensor").unsqueeze(0).expect("batch");
     oracle.forward(&input, 0).expect("runs").squeeze(0).expect("row").to_vec1().expect("f32")
 }
 

@@ -26,7 +26,8 @@ mod tests {
     #[test]
     fn only_the_whole_key_matches() {
         let key = ApiKey::new("secret");
-        for (given, matches) in [("secret", true), ("Secret", false), ("secre", false), ("", false)] {
+        for (given, matches) in [("secret", true), ("Secret", false), ("secre", false), ("", false)]
+        {
             assert_eq!(key.matches(given), matches, "{given}");
         }
     }

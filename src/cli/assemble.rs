@@ -6,7 +6,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     clock::Clock,
-    engine::{self, EngineOptions, EngineThread, device::{CpuDevice, DeviceError}},
+    engine::{
+        self, EngineOptions, EngineThread,
+        device::{CpuDevice, DeviceError},
+    },
     model::{self, GgufFile, Llama, ModelConfig, RuntimeLimits, WeightFiles},
     ops::{CpuPool, KV_BLOCK_TOKENS},
     registry::ModelSource,
@@ -38,7 +41,12 @@ pub struct Assembled {
 }
 
 /// Loads a model and starts its engine.
-pub fn assemble(id: &ModelId, source: &ModelSource, spec: &EngineSpec, clock: Clock) -> Result<Assembled> {
+pub fn assemble(
+    id: &ModelId,
+    source: &ModelSource,
+    spec: &EngineSpec,
+    clock: Clock,
+) -> Result<Assembled> {
     let (files, tokenizer, template) = match source {
         ModelSource::Gguf { path } => gguf_text(path)?,
         ModelSource::Dir { config, tokenizer, tokenizer_config, chat_template, shards, .. } => {
@@ -50,7 +58,11 @@ pub fn assemble(id: &ModelId, source: &ModelSource, spec: &EngineSpec, clock: Cl
     };
     let (config, weights) = model::load(&files)?;
     if tokenizer.vocab_size() > config.vocab_size {
-        bail!("the tokenizer has {} tokens, the model {}", tokenizer.vocab_size(), config.vocab_size);
+        bail!(
+            "the tokenizer has {} tokens, the model {}",
+            tokenizer.vocab_size(),
+            config.vocab_size
+        );
     }
     let block_bytes = Llama::kv_bytes_per_block(&config);
     let kv_blocks = spec.kv_cache_bytes / block_bytes;
