@@ -100,10 +100,10 @@ impl ModelConfig {
         if sizes.contains(&0) || self.heads == 0 || self.kv_heads == 0 || self.max_position == 0 {
             return wrong("a size is zero".into());
         }
-        if self.heads % self.kv_heads != 0 || self.heads / self.kv_heads > 16 {
+        if !self.heads.is_multiple_of(self.kv_heads) || self.heads / self.kv_heads > 16 {
             return wrong(format!("{} heads over {} KV heads", self.heads, self.kv_heads));
         }
-        if self.head_dim % 2 != 0 || self.head_dim == 0 || self.head_dim > 256 {
+        if !self.head_dim.is_multiple_of(2) || self.head_dim == 0 || self.head_dim > 256 {
             return wrong(format!("head_dim {} is not even or above 256", self.head_dim));
         }
         if let RopeScaling::Factors(factors) = &self.rope_scaling

@@ -45,7 +45,10 @@ impl InplaceOp2 for Attention<'_> {
         let arena = Shared::new(f32_mut("attention", arena, arena_layout)?);
         let cache = f32_ref("attention", cache, cache_layout)?;
         let (dim, group) = (self.shape.head_dim, self.heads / self.shape.kv_heads);
-        if dim > HEAD_DIM_MAX || group > GROUP_MAX || self.heads % self.shape.kv_heads != 0 {
+        if dim > HEAD_DIM_MAX
+            || group > GROUP_MAX
+            || !self.heads.is_multiple_of(self.shape.kv_heads)
+        {
             bail!("attention takes heads of up to {HEAD_DIM_MAX} in groups of up to {GROUP_MAX}");
         }
         let inputs = self.inputs;

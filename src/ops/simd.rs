@@ -233,6 +233,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[allow(clippy::needless_range_loop, reason = "several arrays run in step")]
     pub unsafe fn quant_avx512<const M: usize>(
         spec: QuantSpec,
         tile: &[u8],

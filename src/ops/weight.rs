@@ -269,7 +269,7 @@ impl PackedWeightBuilder {
         fill: &mut dyn FnMut(usize, QuantRow<'_>),
     ) -> Result<()> {
         let k = self.weight.k;
-        if k % GROUP != 0 || !matches!(spec.group, 16 | 32) {
+        if !k.is_multiple_of(GROUP) || !matches!(spec.group, 16 | 32) {
             bail!(
                 "a quantised weight needs rows divisible by {GROUP}, got {k}, group {}",
                 spec.group
