@@ -8,6 +8,7 @@ use candela::{
     cli::assemble::{Assembled, EngineSpec, assemble},
     clock::Clock,
     engine::{GenerateRequest, RequestStream, StopParams, StreamEvent},
+    registry::ModelSource,
     sampling::SamplingParams,
     text::ChatMessage,
     types::{ModelId, RequestId},
@@ -26,7 +27,7 @@ fn start(change: impl FnOnce(&mut EngineSpec)) -> Assembled {
         client_stall_max: Duration::from_secs(60),
     };
     change(&mut spec);
-    let source = common::resolve_default().source;
+    let source = ModelSource::Gguf { path: common::default_model() };
     assemble(&ModelId::new("test"), &source, &spec, Clock::system()).expect("the model loads")
 }
 
