@@ -1,0 +1,23 @@
+//! Shared by the tests that need real weights.
+
+use std::path::{Path, PathBuf};
+
+use candela::registry::{
+    BarProgress, DEFAULT_MODEL, ModelSource, Registry, RegistryOptions, ResolvedModel,
+};
+
+/// The default model's file, downloaded once for all tests of this build directory.
+pub fn default_model() -> PathBuf {
+    match resolve_default().source {
+        ModelSource::Gguf { path } => path,
+        ModelSource::Dir { .. } => panic!("the default model is a .gguf file"),
+    }
+}
+
+pub fn resolve_default() -> ResolvedModel {
+    let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let cache_dir = tmp.parent().unwrap_or(tmp).join("candela-test-models");
+    let options = RegistryOptions { cache_dir, ..RegistryOptions::default() };
+    let registry = Registry::new(options).expect("built-in manifests");
+    registry.resolve(DEFAULT_MODEL, &BarProgress::default()).expect("default model")
+}
