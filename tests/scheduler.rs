@@ -51,9 +51,8 @@ impl FakeModel {
             let sequence = scheduler.get(planned.seq).expect("a planned sequence lives");
             let slot = sequence.slot.expect("a planned sequence has a seat").0 as usize;
             let end = planned.first + planned.new_tokens;
-            let token_at = |position: usize| {
-                sequence.tokens.get(position).copied().unwrap_or(self.last[slot])
-            };
+            let token_at =
+                |position: usize| sequence.tokens.get(position).copied().unwrap_or(self.last[slot]);
             let at = |position: usize| {
                 sequence.blocks[position / BLOCK_TOKENS].0 as usize * BLOCK_TOKENS
                     + position % BLOCK_TOKENS
@@ -151,11 +150,30 @@ fn check(jobs: &[Job], blocks: usize, limits: Limits, depth: usize) -> Result<()
 }
 
 fn job() -> impl Strategy<Value = Job> {
-    (0..30usize, 1..25usize, 1..4usize, 1..20usize, 1..25usize, prop::option::of(0..60usize), any::<bool>())
-        .prop_map(|(arrives_at_step, prompt_len, choices, max_tokens, ends_after, leaves, score)| {
-            let leaves_at_step = leaves.filter(|leaves| leaves % 3 == 0 && *leaves > arrives_at_step);
-            Job { arrives_at_step, prompt_len, choices, max_tokens, ends_after, leaves_at_step, score }
-        })
+    (
+        0..30usize,
+        1..25usize,
+        1..4usize,
+        1..20usize,
+        1..25usize,
+        prop::option::of(0..60usize),
+        any::<bool>(),
+    )
+        .prop_map(
+            |(arrives_at_step, prompt_len, choices, max_tokens, ends_after, leaves, score)| {
+                let leaves_at_step =
+                    leaves.filter(|leaves| leaves % 3 == 0 && *leaves > arrives_at_step);
+                Job {
+                    arrives_at_step,
+                    prompt_len,
+                    choices,
+                    max_tokens,
+                    ends_after,
+                    leaves_at_step,
+                    score,
+                }
+            },
+        )
 }
 
 proptest! {
