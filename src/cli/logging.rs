@@ -1,5 +1,7 @@
 //! Where log lines go.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 
 use crate::config::LogFormat;
@@ -15,7 +17,11 @@ pub fn init(format: LogFormat) -> anyhow::Result<()> {
     let directives = std::env::var("CANDELA_LOG").unwrap_or_else(|_| FILTER.to_string());
     let filter = EnvFilter::try_new(&directives)
         .map_err(|error| anyhow::anyhow!("CANDELA_LOG `{directives}`: {error}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Colours are noise in a file or a collector.
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     let done = match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),

@@ -102,7 +102,7 @@ async fn serve_until(
     mut signals: mpsc::Receiver<()>,
 ) -> anyhow::Result<Stopped> {
     let (stop, mut stopping) = watch::channel(false);
-    let server = axum::serve(listener.tap_io(|stream| tune(stream)), router)
+    let server = axum::serve(listener.tap_io(tune), router)
         .with_graceful_shutdown(async move {
             // An error means the sender is gone, which also is the end.
             let _ = stopping.wait_for(|stop| *stop).await;
@@ -199,7 +199,8 @@ mod tests {
         let (sender, receiver) = mpsc::channel(SIGNALS_MAX);
         let timeout = Duration::from_millis(timeout_ms);
         let server = tokio::spawn(serve_until(router, listener, hooks, timeout, receiver));
-        let client = tokio::spawn(async move { reqwest::get(&url).await.is_ok() });
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        let client = tokio::spawn(async move { http.get(&url).send().await.is_ok() });
         begun.notified().await;
         for _ in 0..signals {
             sender.send(()).await.unwrap();
