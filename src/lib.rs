@@ -1,33 +1,35 @@
 //! Candela: a self-hosted inference server for Llama-class models that knows what every token costs.
 //!
 //! The map of the crate, in reading order: what a request meets on its way in comes first, the
-//! machinery under it after. `tests/tidy.rs` checks who may use whom.
+//! machinery under it after.
 
-/// Who may enter.
-pub mod admission;
-/// HTTP: OpenAI's API, health, metrics, errors.
-pub mod api;
-/// KV block allocator and block keys; pure.
-pub mod cache;
-/// One file per subcommand.
-pub mod cli;
+/// Ids and units, shared by everything.
+pub mod types;
 /// The only place that reads the time.
 pub mod clock;
+/// Flags, environment and file as one validated configuration; every limit and default.
+pub mod config;
+/// One file per subcommand.
+pub mod cli;
+/// HTTP: OpenAI's API, health, metrics, errors.
+pub mod api;
+/// Tokenizer, chat template, incremental detokenizer, stop strings.
+pub mod text;
+/// Who may enter.
+pub mod admission;
+/// Model ids and paths to files on disk.
+pub mod registry;
+/// Money: decimal USD to integer nano-USD.
+pub mod price;
 /// The engine thread: plan, run, commit.
 pub mod engine;
+/// Queues and policy; pure.
+pub mod scheduler;
+/// KV block allocator and block keys; pure.
+pub mod cache;
 /// Model files to weights, and the one forward.
 pub mod model;
 /// One file per op of the forward.
 pub mod ops;
-/// Money: decimal USD to integer nano-USD.
-pub mod price;
-/// Model ids and paths to files on disk.
-pub mod registry;
 /// Logits to tokens.
 pub mod sampling;
-/// Queues and policy; pure.
-pub mod scheduler;
-/// Tokenizer, chat template, incremental detokenizer, stop strings.
-pub mod text;
-/// Ids and units, shared by everything.
-pub mod types;

@@ -1,0 +1,89 @@
+//! Typed configuration: flags, then `CANDELA_*` variables, then `candela.toml`, then the defaults here.
+
+mod file;
+mod limits;
+mod settings;
+mod validate;
+mod value;
+
+use std::{net::IpAddr, path::PathBuf, time::Duration};
+
+pub use limits::*;
+pub use settings::Settings;
+pub use value::{ByteSize, ConfigError, Device, KvCacheDtype, LogFormat, Secret};
+
+/// Where models come from and where they are kept.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    /// Model files that were fetched and verified.
+    pub model_dir: PathBuf,
+    /// More manifests (`*.toml`).
+    pub manifests_dir: Option<PathBuf>,
+    /// Never use the network.
+    pub offline: bool,
+    pub hf_token: Option<Secret>,
+    pub hf_endpoint: Option<String>,
+    /// The pip command line; empty picks the first that is installed.
+    pub pip: String,
+}
+
+/// Everything `candela serve` can be told, checked. A part receives the values it needs, never this.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The file that was read, if any.
+    pub file: Option<PathBuf>,
+    /// Manifest id, hub id or path; none means the default model.
+    pub model: Option<String>,
+    pub served_model_name: Option<String>,
+    pub sources: Sources,
+
+    pub host: IpAddr,
+    pub port: u16,
+    pub api_key: Option<Secret>,
+    pub allow_anonymous: bool,
+    pub body_bytes_max: usize,
+    pub client_stall_max: Duration,
+    pub drain_timeout: Duration,
+    pub stream_buffer_events_max: usize,
+    pub waiting_requests_max: usize,
+
+    pub device: Device,
+    /// Threads of the CPU device; none means every core this process may use.
+    pub threads: Option<usize>,
+    /// Longest prompt plus output; none means what the model was trained for.
+    pub context_tokens_max: Option<usize>,
+    /// None means [`KV_CACHE_MEMORY_SHARE`] of the memory available at start.
+    pub kv_cache_memory_bytes: Option<u64>,
+    pub kv_cache_dtype: KvCacheDtype,
+    pub step_tokens_max: usize,
+    pub running_seqs_max: usize,
+    /// Steps in flight: 1 or 2.
+    pub pipeline_depth: usize,
+
+    /// Largest output a request may ask for; none means what the context leaves.
+    pub max_completion_tokens_max: Option<usize>,
+    pub choices_max: usize,
+    pub logprobs_top_max: usize,
+
+    pub log_format: LogFormat,
+}
+
+impl Config {
+    /// Reads the file the settings name, or `candela.toml` where it exists, under `settings` (flags
+    /// and environment).
+    ///
+    /// # Errors
+    /// Names the line and key of a mistake in the file, or the setting that is out of range.
+    pub fn load(settings: Settings) -> Result<Self, ConfigError> {
+        let (merged, file) = file::merge(settings)?;
+        validate::config(merged, file)
+    }
+}
+
+impl Sources {
+    /// As [`Config::load`] for a command that serves nothing: other settings are not judged.
+    pub fn load(settings: Settings) -> Result<Self, ConfigError> {
+        let (merged, _) = file::merge(settings)?;
+        validate::sources(&merged)
+    }
+}

@@ -1,0 +1,155 @@
+//! Precedence, mistakes and refusals of the configuration.
+
+use std::{fs, path::Path};
+
+use candela::config::{ByteSize, Config, ConfigError, KvCacheDtype, Settings};
+use clap::Parser;
+
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// The configuration of a command line over a file with `text`.
+fn load(text: &str, flags: &[&str]) -> Result<Config, String> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("candela.toml");
+    fs::write(&path, text).unwrap();
+    let path = path.to_str().unwrap();
+    let line = ["candela", "--config", path].into_iter().chain(flags.iter().copied());
+    let line = Line::try_parse_from(line).map_err(|error| error.to_string())?;
+    Config::load(line.settings).map_err(|error| error.to_string())
+}
+
+fn refuses(text: &str, flags: &[&str], parts: &[&str]) {
+    match load(text, flags) {
+        Ok(_) => panic!("{text:?} {flags:?} was accepted"),
+        Err(error) => {
+            for part in parts {
+                assert!(error.contains(part), "{text:?} {flags:?}: {error:?} lacks {part:?}");
+            }
+            assert!(!error.contains("sk-hidden"), "the key is shown: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_flag_wins_over_the_file_and_that_over_the_default() {
+    let check = |text: &str, flags: &[&str], port| {
+        assert_eq!(load(text, flags).unwrap().port, port, "{text:?} {flags:?}");
+    };
+    check("", &[], 8000);
+    check("port = 9000", &[], 9000);
+    check("port = 9000", &["--port", "9001"], 9001);
+    check("", &["--port", "0"], 0);
+}
+
+#[test]
+fn every_kind_of_value_is_read() {
+    let text = "kv_cache_memory = \"1.5GiB\"\nkv_cache_dtype = \"f32\"\noffline = true\n\
+                drain_timeout = 0\nthreads = 3\nmodel = \"m\"\nbody_bytes_max = 2048\n";
+    let config = load(text, &[]).unwrap();
+    assert_eq!(config.kv_cache_memory_bytes, Some(3 << 29));
+    assert_eq!(config.kv_cache_dtype, KvCacheDtype::F32);
+    assert!(config.sources.offline);
+    assert_eq!(config.drain_timeout.as_secs(), 0);
+    assert_eq!(config.threads, Some(3));
+    assert_eq!(config.model.as_deref(), Some("m"));
+    assert_eq!(config.body_bytes_max, 2048);
+    assert!(!load(text, &["--offline=false"]).unwrap().sources.offline);
+    assert!(load("", &["--offline"]).unwrap().sources.offline);
+}
+
+#[test]
+fn a_mistake_in_the_file_names_line_and_key() {
+    refuses("\n\nprot = 1\n", &[], &["line 3", "`prot`", "did you mean `port`"]);
+    refuses("max_num_seq = 4", &[], &["line 1", "`max_num_seq`", "`max_num_seqs`"]);
+    refuses("zzzzzzzz = 4", &[], &["line 1", "`zzzzzzzz`", "unknown field"]);
+    refuses("model = \"m\"\nport = \"x\"", &[], &["line 2", "`port`"]);
+    refuses("port = 70000", &[], &["line 1", "`port`"]);
+    refuses("port = -1", &[], &["line 1", "`port`"]);
+    refuses("device = \"cuda:0\"", &[], &["line 1", "`device`", "no CUDA"]);
+    refuses("kv_cache_memory = \"4 apples\"", &[], &["line 1", "`kv_cache_memory`", "4GiB"]);
+    refuses("kv_cache_memory = -4", &[], &["line 1", "`kv_cache_memory`"]);
+    refuses("offline = 1", &[], &["line 1", "`offline`"]);
+    refuses("config = \"other.toml\"", &[], &["line 1", "`config`"]);
+    refuses("[server]\nport = 1", &[], &["line 1", "`server`"]);
+    refuses("port = 1\nport = 2", &[], &["line 2", "`port`"]);
+    refuses("port =", &[], &["line 1", "`port`"]);
+}
+
+#[test]
+fn a_mistake_beside_the_key_does_not_show_it() {
+    refuses("api_key = \"sk-hidden", &[], &["line 1", "`api_key`"]);
+    refuses("api_key = [\"sk-hidden\"]", &[], &["line 1", "`api_key`"]);
+    refuses("api_key = sk-hidden", &[], &["line 1", "`api_key`"]);
+    refuses("api_kez = \"sk-hidden\"", &[], &["line 1", "`api_key`"]);
+    refuses("", &["--api-key", "sk-hidden sk-hidden"], &["api_key", "printable"]);
+    let config = load("api_key = \"sk-hidden-1\"", &[]).unwrap();
+    assert!(!format!("{config:?}").contains("sk-hidden"));
+    assert_eq!(config.api_key.unwrap().reveal(), "sk-hidden-1");
+}
+
+#[test]
+fn values_out_of_range_are_refused() {
+    refuses("", &["--pipeline-depth", "0"], &["pipeline_depth", "1 to 2"]);
+    refuses("", &["--pipeline-depth", "3"], &["pipeline_depth", "1 to 2"]);
+    refuses("", &["--threads", "0"], &["threads"]);
+    refuses("", &["--max-num-seqs", "0"], &["max_num_seqs"]);
+    refuses("", &["--max-num-seqs", "1000"], &["max_num_batched_tokens", "max_num_seqs"]);
+    refuses("", &["--waiting-requests-max", "0"], &["waiting_requests_max"]);
+    refuses("", &["--choices-max", "129"], &["choices_max"]);
+    refuses("", &["--logprobs-top-max", "21"], &["logprobs_top_max"]);
+    refuses("", &["--kv-cache-memory", "1KiB"], &["kv_cache_memory", "at least"]);
+    refuses("", &["--drain-timeout", "99999999"], &["drain_timeout"]);
+    refuses("", &["--client-stall-s-max", "0"], &["client_stall_s_max"]);
+    refuses("", &["--model", " "], &["model", "empty"]);
+    refuses("", &["--device", "cuda:1"], &["no CUDA"]);
+    refuses("", &["--api-key", "short"], &["api_key"]);
+    refuses("", &["--host", "example"], &["host", "no IP address"]);
+}
+
+#[test]
+fn an_open_address_needs_a_key_or_a_word() {
+    let check = |flags: &[&str]| assert!(load("", flags).is_ok(), "{flags:?}");
+    refuses("", &["--host", "0.0.0.0"], &["CANDELA_API_KEY", "--allow-anonymous"]);
+    refuses("", &["--host", "::"], &["--allow-anonymous"]);
+    refuses("", &["--host", "10.0.0.1"], &["--allow-anonymous"]);
+    refuses("host = \"0.0.0.0\"", &["--allow-anonymous=false"], &["--allow-anonymous"]);
+    check(&["--host", "0.0.0.0", "--api-key", "sk-12345"]);
+    check(&["--host", "0.0.0.0", "--allow-anonymous"]);
+    check(&["--host", "127.0.0.2"]);
+    check(&["--host", "::1"]);
+    check(&["--host", "localhost"]);
+}
+
+#[test]
+fn a_named_file_must_be_there() {
+    let settings = Settings { config: Some("absent/candela.toml".into()), ..Settings::default() };
+    match Config::load(settings) {
+        Err(ConfigError::Read { path, .. }) => assert_eq!(path, Path::new("absent/candela.toml")),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn sizes() {
+    let check = |text: &str, want: Option<u64>| {
+        assert_eq!(text.parse::<ByteSize>().ok().map(|size| size.0), want, "{text:?}");
+    };
+    check("0", Some(0));
+    check("4GiB", Some(4 << 30));
+    check("512 mib", Some(512 << 20));
+    check("2GB", Some(2_000_000_000));
+    check("0.5KiB", Some(512));
+    check("18446744073709551615", Some(u64::MAX));
+    check("18446744073709551616", None);
+    check("18446744073709551615KiB", None);
+    check("", None);
+    check("GiB", None);
+    check("-1", None);
+    check("1.2.3", None);
+    check("4GiBs", None);
+    check("1e9", None);
+}
