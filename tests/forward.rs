@@ -18,9 +18,9 @@ const PROMPT: [u32; 38] = [
 ];
 /// Root mean square over the vocabulary. With f32 weights only the order of summation differs.
 const F32_ERROR_RMS_MAX: f32 = 1e-4;
-/// Quantised weights meet activations of 8 bits: measured 0.59 on this prompt, where the logits
+/// Quantised weights meet activations of 16 bits: measured 0.0011 on this prompt, where the logits
 /// have a standard deviation of about 3.
-const QUANTISED_ERROR_RMS_MAX: f32 = 0.8;
+const QUANTISED_ERROR_RMS_MAX: f32 = 5e-3;
 
 /// The same weights as f32.
 fn dense(weight: &PackedWeight) -> PackedWeight {

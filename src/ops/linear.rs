@@ -1,8 +1,8 @@
 //! y = x Wᵀ (+ bias), quantised or dense.
 //!
-//! Activations meet quantised weights as i8 with one f32 scale per 32 inputs; integer dot products
-//! are exact, and the f32 sum of an output runs over the groups in order. So an output element has
-//! the same bits whatever the number of rows, threads or the instruction set.
+//! Activations meet quantised weights as 16-bit integers with one f32 scale per 32 inputs; integer
+//! dot products are exact, and the f32 sum of an output runs over the groups in order. So an output
+//! element has the same bits whatever the number of rows, threads or the instruction set.
 
 use std::sync::Mutex;
 
@@ -32,7 +32,7 @@ impl LinearScratch {
     pub fn new(rows_max: usize, k_max: usize) -> Self {
         let groups = rows_max * k_max.div_ceil(GROUP);
         Self(Mutex::new(Quantised {
-            q: vec![0; groups * GROUP],
+            q: vec![0; groups * GROUP * 2],
             scale: vec![0.0; groups],
             sums: vec![0; groups * 2],
         }))
@@ -113,13 +113,13 @@ impl Linear<'_> {
             Slot(scratch.scale.as_mut_ptr()),
             Slot(scratch.sums.as_mut_ptr()),
         );
-        assert!(scratch.q.len() >= self.rows * k, "scratch for {} rows of {k}", self.rows);
+        assert!(scratch.q.len() >= self.rows * k * 2, "scratch for {} rows of {k}", self.rows);
         let rows = |from: usize, to: usize| {
             for row in from..to {
                 // SAFETY: rows are disjoint and inside the buffers, as asserted above.
                 let (q, scale, sums) = unsafe {
                     (
-                        std::slice::from_raw_parts_mut(q.at(row * k), k),
+                        std::slice::from_raw_parts_mut(q.at(row * k * 2), k * 2),
                         std::slice::from_raw_parts_mut(scale.at(row * groups), groups),
                         std::slice::from_raw_parts_mut(sums.at(row * groups * 2), groups * 2),
                     )
@@ -159,7 +159,7 @@ impl Linear<'_> {
                 SegmentKind::Quant(spec) => {
                     let groups = k / GROUP;
                     let x = QuantX {
-                        q: &quantised.q[row * k..(row + count) * k],
+                        q: &quantised.q[row * k * 2..(row + count) * k * 2],
                         scale: &quantised.scale[row * groups..(row + count) * groups],
                         sums: &quantised.sums[row * groups * 2..(row + count) * groups * 2],
                         k,

@@ -36,7 +36,14 @@ pub fn available() -> Vec<Isa> {
     isas
 }
 
-/// Quantised rows of x: `q [rows, k]`, `scale [rows, k/32]`, `sums [rows, k/16]`.
+/// One activation is `high * RADIX + low`, both within ±127: the pairs of 8-bit products that AVX2
+/// adds then fit i16.
+const RADIX: i32 = 255;
+/// The largest quantised activation.
+const X_MAX: f32 = (127 * RADIX + 127) as f32;
+
+/// Quantised rows of x: `q [rows, k/4, 2, 4]` (four high parts, then their four low parts),
+/// `scale [rows, k/32]`, `sums [rows, k/16]`.
 #[derive(Clone, Copy)]
 pub struct QuantX<'a> {
     pub q: &'a [i8],
@@ -57,7 +64,7 @@ pub fn row_block(left: usize) -> usize {
     }
 }
 
-/// i8 values, a scale per 32 and a sum per 16.
+/// Quantises one row to 16 bits in two parts, a scale per 32 and a sum per 16.
 pub fn quantise_row(isa: Isa, x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i32]) {
     #[cfg(target_arch = "x86_64")]
     match isa {
@@ -76,23 +83,32 @@ fn quantise(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i32]) {
         for value in values {
             top = top.max(value.abs());
         }
-        let step = top / 127.0;
-        let inverse = if step > 0.0 { 127.0 / top } else { 0.0 };
-        let q = &mut q[group * GROUP..(group + 1) * GROUP];
-        for (q, value) in q.iter_mut().zip(values) {
-            *q = (value * inverse).round_ties_even() as i8;
+        let step = top / X_MAX;
+        let inverse = if top > 0.0 { X_MAX / top } else { 0.0 };
+        let mut whole = [0i32; GROUP];
+        let mut high = [0i32; GROUP];
+        for ((whole, high), value) in whole.iter_mut().zip(&mut high).zip(values) {
+            let rounded = (value * inverse).round_ties_even();
+            *whole = rounded as i32;
+            // RADIX is odd, so no quotient lies near a tie.
+            *high = (rounded * (1.0 / RADIX as f32)).round_ties_even() as i32;
+        }
+        for (index, q) in q[group * 2 * GROUP..][..2 * GROUP].chunks_exact_mut(8).enumerate() {
+            for byte in 0..4 {
+                let (whole, high) = (whole[index * 4 + byte], high[index * 4 + byte]);
+                q[byte] = high as i8;
+                q[4 + byte] = (whole - high * RADIX) as i8;
+            }
         }
         scale[group] = step;
-        for half in 0..2 {
-            sums[group * 2 + half] =
-                q[half * 16..(half + 1) * 16].iter().map(|q| i32::from(*q)).sum();
-        }
+        sums[group * 2] = whole[..16].iter().sum();
+        sums[group * 2 + 1] = whole[16..].iter().sum();
     }
 }
 
 /// `out[row][lane]` for `count` rows (1, 2, 4 or 8) of one quantised tile.
 pub fn quant_tile(isa: Isa, spec: QuantSpec, tile: &[u8], x: QuantX, count: usize, out: &mut Sums) {
-    assert!(x.q.len() == count * x.k && tile.len() == x.k / GROUP * spec.group_bytes());
+    assert!(x.q.len() == count * x.k * 2 && tile.len() == x.k / GROUP * spec.group_bytes());
     match isa {
         Isa::Portable => quant_portable(spec, tile, x, count, out),
         #[cfg(target_arch = "x86_64")]
@@ -157,7 +173,7 @@ fn quant_portable(spec: QuantSpec, tile: &[u8], x: QuantX, count: usize, out: &m
         let tables = &bytes[spec.quant_bytes()..];
         for part in 0..spec.parts() {
             for (row, out) in out[..count].iter_mut().enumerate() {
-                let q = &x.q[row * x.k + group * GROUP..][..GROUP];
+                let q = &x.q[(row * x.k + group * GROUP) * 2..][..2 * GROUP];
                 let sum = part_sum(spec, part, &x.sums[(row * groups + group) * 2..]);
                 let x_scale = x.scale[row * groups + group];
                 for (lane, out) in out.iter_mut().enumerate() {
@@ -190,7 +206,8 @@ fn dot_portable(spec: QuantSpec, part: usize, bytes: &[u8], q: &[i8], lane: usiz
                 Bits::Four if vector < 4 => bytes[vector * 64 + lane * 4 + byte] & 15,
                 Bits::Four => bytes[(vector - 4) * 64 + lane * 4 + byte] >> 4,
             };
-            i32::from(w) * i32::from(q[index])
+            let (high, low) = (q[vector * 8 + byte], q[vector * 8 + 4 + byte]);
+            i32::from(w) * (i32::from(high) * RADIX + i32::from(low))
         })
         .sum()
 }
@@ -243,7 +260,7 @@ mod x86 {
         let groups = x.k / GROUP;
         let parts = spec.parts();
         let per_part = 8 / parts;
-        let low = _mm512_set1_epi8(15);
+        let nibble = _mm512_set1_epi8(15);
         let mut acc = [_mm512_setzero_ps(); M];
         for group in 0..groups {
             // SAFETY: the caller checked the length of `tile`: every group is there in full, and
@@ -252,11 +269,12 @@ mod x86 {
                 let bytes = tile.as_ptr().add(group * spec.group_bytes());
                 let tables = bytes.add(spec.quant_bytes());
                 for part in 0..parts {
-                    let mut dot = [_mm512_setzero_si512(); M];
+                    let mut high = [_mm512_setzero_si512(); M];
+                    let mut low = [_mm512_setzero_si512(); M];
                     let mut sum = [0i32; M];
                     for row in 0..M {
                         sum[row] = part_sum(spec, part, &x.sums[(row * groups + group) * 2..]);
-                        dot[row] = _mm512_set1_epi32(-i32::from(spec.zero) * sum[row]);
+                        low[row] = _mm512_set1_epi32(-i32::from(spec.zero) * sum[row]);
                     }
                     for vector in part * per_part..(part + 1) * per_part {
                         let w = match spec.bits {
@@ -268,20 +286,25 @@ mod x86 {
                                 } else {
                                     _mm512_srli_epi16::<4>(packed)
                                 };
-                                _mm512_and_si512(packed, low)
+                                _mm512_and_si512(packed, nibble)
                             }
                         };
                         for row in 0..M {
-                            let a = x.q.as_ptr().add(row * x.k + group * GROUP + vector * 4);
-                            let a = _mm512_set1_epi32(a.cast::<i32>().read_unaligned());
-                            dot[row] = _mm512_dpbusd_epi32(dot[row], w, a);
+                            let a = x.q.as_ptr().add((row * x.k + group * GROUP + vector * 4) * 2);
+                            let a = a.cast::<i32>();
+                            let a_high = _mm512_set1_epi32(a.read_unaligned());
+                            let a_low = _mm512_set1_epi32(a.add(1).read_unaligned());
+                            high[row] = _mm512_dpbusd_epi32(high[row], w, a_high);
+                            low[row] = _mm512_dpbusd_epi32(low[row], w, a_low);
                         }
                     }
                     let scale = load_scales(spec, tables, part);
                     for row in 0..M {
                         let x_scale = _mm512_set1_ps(x.scale[row * groups + group]);
                         let both = _mm512_mul_ps(scale, x_scale);
-                        acc[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[row]), both, acc[row]);
+                        let radix = _mm512_sub_epi32(_mm512_slli_epi32::<8>(high[row]), high[row]);
+                        let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(radix, low[row]));
+                        acc[row] = _mm512_fmadd_ps(dot, both, acc[row]);
                     }
                     if spec.has_min {
                         let min = load_scales(spec, tables, parts + part);
@@ -333,35 +356,43 @@ mod x86 {
                     let start = _mm256_set1_epi32((shift - i32::from(spec.zero)) * sum);
                     let x_scale = x.scale[row * groups + group];
                     for half in 0..2 {
-                        let mut dot = start;
+                        let mut dots = [start, _mm256_setzero_si256()];
                         for vector in part * per_part..(part + 1) * per_part {
                             // SAFETY: a group holds 8 (4-bit: 4) vectors of 64 bytes, and a row of
-                            // `x.q` four values for each.
+                            // `x.q` eight values for each.
                             let (w, a) = unsafe {
                                 let at = match spec.bits {
                                     Bits::Eight => vector,
                                     Bits::Four => vector % 4,
                                 };
                                 let w = bytes.as_ptr().add(at * 64 + half * 32);
-                                let a = x.q.as_ptr().add(row * x.k + group * GROUP + vector * 4);
+                                let a = (row * x.k + group * GROUP + vector * 4) * 2;
+                                let a = x.q.as_ptr().add(a).cast::<i32>();
                                 (
                                     _mm256_loadu_si256(w.cast()),
-                                    _mm256_set1_epi32(a.cast::<i32>().read_unaligned()),
+                                    [a.add(1).read_unaligned(), a.read_unaligned()],
                                 )
                             };
-                            let pairs = match spec.bits {
-                                Bits::Eight => {
-                                    let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-                                    _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w))
-                                }
-                                Bits::Four => {
-                                    let w = if vector < 4 { w } else { _mm256_srli_epi16::<4>(w) };
-                                    let w = _mm256_and_si256(w, _mm256_set1_epi8(15));
-                                    _mm256_maddubs_epi16(w, a)
-                                }
-                            };
-                            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
+                            for (dot, a) in dots.iter_mut().zip(a) {
+                                let a = _mm256_set1_epi32(a);
+                                let pairs = match spec.bits {
+                                    Bits::Eight => {
+                                        let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+                                        let signed = _mm256_sign_epi8(a, w);
+                                        _mm256_maddubs_epi16(_mm256_abs_epi8(w), signed)
+                                    }
+                                    Bits::Four => {
+                                        let high = _mm256_srli_epi16::<4>(w);
+                                        let w = if vector < 4 { w } else { high };
+                                        let w = _mm256_and_si256(w, _mm256_set1_epi8(15));
+                                        _mm256_maddubs_epi16(w, a)
+                                    }
+                                };
+                                *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(pairs, ones));
+                            }
                         }
+                        let radix = _mm256_sub_epi32(_mm256_slli_epi32::<8>(dots[1]), dots[1]);
+                        let dot = _mm256_add_epi32(radix, dots[0]);
                         let mut dots = [0i32; 8];
                         // SAFETY: `dots` has 8 lanes.
                         unsafe { _mm256_storeu_si256(dots.as_mut_ptr().cast(), dot) };
