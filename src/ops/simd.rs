@@ -41,6 +41,8 @@ pub fn available() -> Vec<Isa> {
 const RADIX: i32 = 255;
 /// The largest quantised activation.
 const X_MAX: f32 = (127 * RADIX + 127) as f32;
+/// A group whose values are all this small counts as zero: the inverse of its step would overflow.
+const X_TINY: f32 = 1e-30;
 
 /// Quantised rows of x: `q [rows, k/4, 2, 4]` (four high parts, then their four low parts),
 /// `scale [rows, k/32]`, `sums [rows, k/16]`.
@@ -84,7 +86,7 @@ fn quantise(x: &[f32], q: &mut [i8], scale: &mut [f32], sums: &mut [i32]) {
             top = top.max(value.abs());
         }
         let step = top / X_MAX;
-        let inverse = if top > 0.0 { X_MAX / top } else { 0.0 };
+        let inverse = if top > X_TINY { X_MAX / top } else { 0.0 };
         let mut whole = [0i32; GROUP];
         let mut high = [0i32; GROUP];
         for ((whole, high), value) in whole.iter_mut().zip(&mut high).zip(values) {
