@@ -15,6 +15,8 @@ pub mod cli;
 pub mod api;
 /// Tokenizer, chat template, incremental detokenizer, stop strings.
 pub mod text;
+/// Metrics for Prometheus.
+pub mod telemetry;
 /// Who may enter.
 pub mod admission;
 /// Model ids and paths to files on disk.

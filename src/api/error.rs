@@ -2,6 +2,7 @@
 
 use axum::{
     Json,
+    extract::rejection::BytesRejection,
     http::{HeaderValue, StatusCode},
     response::{IntoResponse, Response},
 };
@@ -36,6 +37,11 @@ impl ApiError {
             "the prompt and max_tokens together are {tokens} tokens; this model takes {max}. Shorten the messages or lower max_tokens."
         );
         Self { code: Some("context_length_exceeded"), ..Self::invalid(Some("messages"), message) }
+    }
+
+    /// The same error, blamed on another field.
+    pub fn at(self, param: &str) -> Self {
+        Self { param: Some(param.to_owned()), ..self }
     }
 
     pub fn not_found(message: &str) -> Self {
@@ -90,6 +96,19 @@ impl From<SubmitError> for ApiError {
             },
             SubmitError::Draining | SubmitError::Stopped => Self::unavailable(error.to_string()),
         }
+    }
+}
+
+impl From<BytesRejection> for ApiError {
+    fn from(error: BytesRejection) -> Self {
+        let status = error.status();
+        let message = match status {
+            StatusCode::PAYLOAD_TOO_LARGE => {
+                "the body is larger than this server takes; the operator sets body_bytes_max".into()
+            }
+            _ => error.body_text(),
+        };
+        Self::new(status, "invalid_request_error", message)
     }
 }
 

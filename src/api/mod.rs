@@ -1,8 +1,11 @@
 //! HTTP: OpenAI's API over an engine.
 
-mod chat;
+mod answer;
 mod error;
+mod generate;
+mod record;
 mod request;
+mod tokens;
 
 use std::sync::Arc;
 
@@ -18,6 +21,7 @@ use serde_json::json;
 use crate::{
     clock::Clock,
     engine::EngineHandle,
+    telemetry::Metrics,
     text::{ChatTemplate, Tokenizer},
     types::ModelId,
 };
@@ -40,13 +44,19 @@ pub struct AppState {
     pub clock: Clock,
     pub api_key: Option<crate::admission::ApiKey>,
     pub choices_max: u32,
+    pub logprobs_top_max: u32,
+    /// Longest output of one choice.
+    pub completion_tokens_max: u32,
+    pub metrics: Arc<Metrics>,
 }
 
 /// All routes.
 pub fn router(state: Arc<AppState>, body_bytes_max: usize) -> Router {
     let keyed = Router::new()
-        .route("/v1/chat/completions", post(chat::chat_completions))
-        .route("/v1/completions", post(chat::completions))
+        .route("/v1/chat/completions", post(generate::chat_completions))
+        .route("/v1/completions", post(generate::completions))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
         .route("/v1/models", get(models))
         .route("/v1/models/{id}", get(model))
         .route_layer(axum::middleware::from_fn_with_state(state.clone(), check_key));
@@ -54,10 +64,12 @@ pub fn router(state: Arc<AppState>, body_bytes_max: usize) -> Router {
         .merge(keyed)
         .route("/health", get(|| async { "ok" }))
         .route("/ready", get(ready))
+        .route("/metrics", get(metrics))
         .route("/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
         .fallback(|| async { ApiError::not_found("this path does not exist; see /v1/models") })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(DefaultBodyLimit::max(body_bytes_max))
+        .layer(axum::middleware::from_fn_with_state(state.clone(), record::observe))
         .with_state(state)
 }
 
@@ -80,6 +92,16 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
         return "ok".into_response();
     }
     (StatusCode::SERVICE_UNAVAILABLE, "not ready").into_response()
+}
+
+async fn metrics(State(state): State<Arc<AppState>>) -> Response {
+    let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    match state.metrics.render(&state.model.engine.snapshot(), tasks) {
+        Ok(text) => {
+            ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+        }
+        Err(error) => ApiError::internal(error.to_string()).into_response(),
+    }
 }
 
 fn describe(model: &ServedModel) -> serde_json::Value {

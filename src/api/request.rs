@@ -2,14 +2,18 @@
 
 use serde_json::{Map, Value};
 
-use crate::{engine::StopParams, sampling::SamplingParams, text::ChatMessage};
+use crate::{
+    engine::StopParams,
+    sampling::SamplingParams,
+    text::{ChatMessage, Tokenizer},
+};
 
-use super::ApiError;
+use super::{ApiError, ServedModel, answer::Shape};
 
 type Result<T> = std::result::Result<T, ApiError>;
 
 /// Fields that would change the answer and are not there yet.
-const UNSUPPORTED: [&str; 12] = [
+const UNSUPPORTED: [&str; 10] = [
     "tools",
     "functions",
     "response_format",
@@ -18,11 +22,51 @@ const UNSUPPORTED: [&str; 12] = [
     "modalities",
     "best_of",
     "suffix",
-    "logprobs",
-    "top_logprobs",
-    "echo",
     "function_call",
+    "web_search_options",
 ];
+
+/// Fields that are read, or that change nothing here.
+const KNOWN: [&str; 35] = [
+    "add_generation_prompt",
+    "echo",
+    "frequency_penalty",
+    "ignore_eos",
+    "logit_bias",
+    "logprobs",
+    "max_completion_tokens",
+    "max_tokens",
+    "messages",
+    "metadata",
+    "min_p",
+    "min_tokens",
+    "model",
+    "n",
+    "parallel_tool_calls",
+    "presence_penalty",
+    "prompt",
+    "repetition_penalty",
+    "return_token_strs",
+    "safety_identifier",
+    "seed",
+    "service_tier",
+    "stop",
+    "store",
+    "stream",
+    "stream_options",
+    "temperature",
+    "tokens",
+    "tool_choice",
+    "top_k",
+    "top_logprobs",
+    "top_p",
+    "user",
+    "verbosity",
+    "add_special_tokens",
+];
+
+/// What `metadata` may hold, as OpenAI bounds it.
+const METADATA_ENTRIES_MAX: usize = 16;
 
 /// A JSON object of a request.
 pub struct Body(Map<String, Value>);
@@ -46,8 +90,12 @@ impl Body {
     }
 
     pub fn flag(&self, key: &str) -> Result<bool> {
+        self.flag_or(key, false)
+    }
+
+    pub fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
         let value = self.get(key).map(|v| v.as_bool().ok_or_else(|| wrong(key, "true or false")));
-        Ok(value.transpose()?.unwrap_or(false))
+        Ok(value.transpose()?.unwrap_or(default))
     }
 
     pub fn number(&self, key: &str, range: std::ops::RangeInclusive<f64>) -> Result<Option<f32>> {
@@ -66,11 +114,29 @@ impl Body {
     }
 
     /// Refuses what is not supported, so that it is never silently ignored.
-    pub fn check_supported(&self) -> Result<()> {
+    pub fn check_supported(&self, shape: Shape) -> Result<()> {
+        let known = |key: &str| KNOWN.contains(&key) || UNSUPPORTED.contains(&key);
+        let unknown: Vec<&String> = self.0.keys().filter(|key| !known(key)).collect();
+        if !unknown.is_empty() {
+            tracing::debug!(?unknown, ?shape, "fields of the body that are not read");
+        }
+        self.text("user")?;
+        if let Some(metadata) = self.get("metadata") {
+            let strings = |map: &Map<String, Value>| {
+                map.len() <= METADATA_ENTRIES_MAX && map.values().all(Value::is_string)
+            };
+            if !metadata.as_object().is_some_and(strings) {
+                let expected = format!("an object of up to {METADATA_ENTRIES_MAX} strings");
+                return Err(wrong("metadata", &expected));
+            }
+        }
         for key in UNSUPPORTED {
             let idle = self.get(key).is_none_or(|value| match value {
-                Value::Array(list) => list.is_empty(),
+                Value::Array(list) => {
+                    list.is_empty() || (key == "modalities" && list == &[Value::from("text")])
+                }
                 Value::Bool(on) => !on,
+                Value::String(choice) => key == "function_call" && choice == "none",
                 Value::Object(map) => {
                     key == "response_format" && map.get("type") == Some(&"text".into())
                 }
@@ -120,13 +186,18 @@ impl Body {
             .collect()
     }
 
-    /// `max_tokens` falls back to `default`.
-    pub fn stop(&self, max_keys: &[&str], default: usize) -> Result<StopParams> {
-        let mut max_tokens = default as u64;
+    /// The longest output is the last of `max_keys` that is there, or `default`, if less than the
+    /// end of `max_range`.
+    pub fn stop(
+        &self,
+        max_keys: &[&str],
+        max_range: std::ops::RangeInclusive<u32>,
+        default: usize,
+    ) -> Result<StopParams> {
+        let mut max_tokens = (default as u64).min(u64::from(*max_range.end()));
         for key in max_keys {
-            if let Some(value) = self.integer(key, 1..=u64::from(u32::MAX))? {
-                max_tokens = value;
-            }
+            let range = u64::from(*max_range.start())..=u64::from(*max_range.end());
+            max_tokens = self.integer(key, range)?.unwrap_or(max_tokens);
         }
         let expected = || wrong("stop", "a string or a list of up to 4 strings");
         let strings = match self.get("stop") {
@@ -147,7 +218,69 @@ impl Body {
         })
     }
 
-    pub fn messages(&self) -> Result<Vec<ChatMessage>> {
+    pub fn include_usage(&self, stream: bool) -> Result<bool> {
+        let Some(options) = self.get("stream_options") else { return Ok(false) };
+        if !stream {
+            return Err(wrong("stream_options", "left out unless `stream` is true"));
+        }
+        let expected = || wrong("stream_options", "an object with `include_usage`, true or false");
+        match options.as_object().ok_or_else(expected)?.get("include_usage") {
+            None | Some(Value::Null) => Ok(false),
+            Some(value) => value.as_bool().ok_or_else(expected),
+        }
+    }
+
+    /// How many alternatives to report beside each token, if any.
+    pub fn logprobs(&self, shape: Shape, top_max: u32) -> Result<Option<u32>> {
+        let range = 0..=u64::from(top_max);
+        if shape == Shape::Completion {
+            let off = self.get("logprobs") == Some(&Value::Bool(false));
+            return Ok(if off { None } else { self.integer("logprobs", range)?.map(|k| k as u32) });
+        }
+        let top = self.integer("top_logprobs", range)?.map(|k| k as u32);
+        match (self.flag("logprobs")?, top) {
+            (true, top) => Ok(Some(top.unwrap_or(0))),
+            (false, None | Some(0)) => Ok(None),
+            (false, Some(_)) => Err(wrong("top_logprobs", "left out unless `logprobs` is true")),
+        }
+    }
+
+    /// One prompt or a list, each as text or as token ids; the text is kept for `echo`.
+    pub fn prompts(&self, tokenizer: &Tokenizer) -> Result<Vec<(Vec<u32>, Option<String>)>> {
+        let expected = || {
+            wrong(
+                "prompt",
+                "a string, a list of strings, a list of token ids, or a list of such lists, none of them empty",
+            )
+        };
+        let one = |prompt: &Value| {
+            let (ids, text) = match prompt {
+                Value::String(text) => (tokenizer.encode(text, true)?, Some(text.clone())),
+                list => (token_ids(list, tokenizer).ok_or_else(expected)?, None),
+            };
+            if ids.is_empty() { Err(expected()) } else { Ok((ids, text)) }
+        };
+        match self.get("prompt").ok_or_else(expected)? {
+            Value::Array(list) if list.is_empty() => Err(expected()),
+            Value::Array(list) if !list[0].is_number() => list.iter().map(one).collect(),
+            prompt => Ok(vec![one(prompt)?]),
+        }
+    }
+
+    /// Token ids of the messages, ready for an answer.
+    pub fn chat_prompt(&self, model: &ServedModel) -> Result<Vec<u32>> {
+        self.chat_prompt_with(model, true)
+    }
+
+    pub fn chat_prompt_with(&self, model: &ServedModel, generate: bool) -> Result<Vec<u32>> {
+        let messages = self.messages()?;
+        let template = model.template.as_ref().ok_or_else(|| {
+            ApiError::invalid(None, "this model has no chat template; use /v1/completions")
+        })?;
+        Ok(template.encode(&model.tokenizer, &messages, generate)?)
+    }
+
+    fn messages(&self) -> Result<Vec<ChatMessage>> {
         let expected = || wrong("messages", "a list of at least one {role, content}");
         let list = self.get("messages").and_then(Value::as_array).ok_or_else(expected)?;
         if list.is_empty() {
@@ -185,4 +318,10 @@ fn content(value: Option<&Value>) -> Option<String> {
 
 fn wrong(key: &str, expected: &str) -> ApiError {
     ApiError::invalid(Some(key), format!("`{key}` must be {expected}"))
+}
+
+/// A list of ids that the vocabulary has.
+pub fn token_ids(value: &Value, tokenizer: &Tokenizer) -> Option<Vec<u32>> {
+    let id = |id: &Value| id.as_u64().filter(|id| (*id as usize) < tokenizer.vocab_size());
+    value.as_array()?.iter().map(|value| id(value).map(|id| id as u32)).collect()
 }

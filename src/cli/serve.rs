@@ -17,6 +17,7 @@ use crate::{
     config::{Config, KvCacheDtype},
     engine::EngineHandle,
     registry::{BarProgress, DEFAULT_MODEL, Registry},
+    telemetry::Metrics,
     types::ModelId,
 };
 
@@ -45,6 +46,7 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
     let engine = model.engine.handle.clone();
     let thread = model.engine.thread;
     let clock = Clock::system();
+    let model_name = id.clone();
     let state = AppState {
         model: ServedModel {
             created_unix_s: clock.unix_s(),
@@ -57,6 +59,11 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
         clock,
         api_key: config.api_key.as_ref().map(|key| ApiKey::new(key.reveal())),
         choices_max: config.choices_max.min(config.running_seqs_max) as u32,
+        logprobs_top_max: config.logprobs_top_max as u32,
+        completion_tokens_max: config
+            .max_completion_tokens_max
+            .map_or(u32::MAX, |max| u32::try_from(max).unwrap_or(u32::MAX)),
+        metrics: Arc::new(Metrics::new(model_name.as_str())?),
     };
     let stopped = runtime.block_on(listen(&config, listener, state))?;
     if stopped == Stopped::AtOnce {

@@ -1,0 +1,369 @@
+//! The API of a running server on real weights, over real sockets.
+
+mod common;
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+struct Server {
+    process: Child,
+    url: String,
+    http: reqwest::Client,
+    log: Arc<Mutex<String>>,
+}
+
+impl Server {
+    fn start(extra: &[&str]) -> Self {
+        let path = common::default_model();
+        let mut process = Command::new(env!("CARGO_BIN_EXE_candela"))
+            .args(["serve", "--port", "0", "--served-model-name", "m", "--log-format", "json"])
+            .arg("--model")
+            .arg(path)
+            .args(extra)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        let log = Arc::new(Mutex::new(String::new()));
+        let mut errors = process.stderr.take().expect("piped");
+        std::thread::spawn({
+            let log = log.clone();
+            move || {
+                let mut part = [0; 4096];
+                while let Ok(count @ 1..) = errors.read(&mut part) {
+                    let text = String::from_utf8_lossy(&part[..count]).into_owned();
+                    log.lock().expect("not poisoned").push_str(&text);
+                }
+            }
+        });
+        let mut line = String::new();
+        let out = process.stdout.take().expect("piped");
+        BufReader::new(out).read_line(&mut line).expect("says where it listens");
+        let url = line.split("on ").nth(1).expect("a url").trim().to_owned();
+        let http = reqwest::Client::builder().no_proxy().build().expect("client");
+        Self { process, url, http, log }
+    }
+
+    async fn send(&self, method: Method, path: &str, body: &Value) -> reqwest::Response {
+        let request = self.http.request(method, format!("{}{path}", self.url));
+        request.body(body.to_string()).send().await.expect("answers")
+    }
+
+    async fn post(&self, path: &str, body: Value) -> (StatusCode, Value) {
+        let response = self.send(Method::POST, path, &body).await;
+        let status = response.status();
+        (status, response.json().await.expect("json"))
+    }
+
+    async fn complete(&self, mut body: Value) -> Value {
+        body["model"] = "m".into();
+        body["temperature"] = 0.into();
+        let (status, answer) = self.post("/v1/completions", body).await;
+        assert_eq!(status, 200, "{answer}");
+        answer
+    }
+
+    async fn stream(&self, path: &str, mut body: Value) -> Vec<Value> {
+        body["model"] = "m".into();
+        body["stream"] = true.into();
+        let response = self.send(Method::POST, path, &body).await;
+        assert_eq!(response.status(), 200);
+        let text = response.text().await.expect("text");
+        let data: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        assert_eq!(data.last(), Some(&"[DONE]"), "{text}");
+        data[..data.len() - 1].iter().map(|one| serde_json::from_str(one).expect("json")).collect()
+    }
+
+    async fn metric(&self, name: &str) -> f64 {
+        let response = self.send(Method::GET, "/metrics", &Value::Null).await;
+        let text = response.text().await.expect("text");
+        let line = text.lines().find(|line| line.starts_with(&format!("{name}{{")));
+        let line = line.unwrap_or_else(|| panic!("no {name} in {text}"));
+        line.rsplit(' ').next().and_then(|value| value.parse().ok()).expect("a number")
+    }
+
+    /// The first line of the log that holds all of `parts`.
+    async fn logged(&self, parts: &[&str]) -> Value {
+        let start = Instant::now();
+        while start.elapsed() < DEADLINE {
+            let log = self.log.lock().expect("not poisoned").clone();
+            let line = log.lines().find(|line| parts.iter().all(|part| line.contains(part)));
+            if let Some(line) = line.and_then(|line| serde_json::from_str(line).ok()) {
+                return line;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("no line with {parts:?} in {}", self.log.lock().expect("not poisoned"));
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn floats(list: &Value) -> Vec<f64> {
+    list.as_array().expect("a list").iter().filter_map(Value::as_f64).collect()
+}
+
+#[tokio::test]
+async fn the_api_on_real_weights() {
+    let server = Server::start(&["--max-completion-tokens", "40"]);
+    chat_knows_the_capital(&server).await;
+    prompts_in_every_form(&server).await;
+    completion_logprobs(&server).await;
+    echo_scores_the_prompt(&server).await;
+    chat_logprobs(&server).await;
+    streams_say_what_whole_answers_say(&server).await;
+    tokens_and_text(&server).await;
+    errors(&server).await;
+    ids_logs_and_metrics(&server).await;
+    a_client_that_goes_away(&server).await;
+}
+
+async fn chat_knows_the_capital(server: &Server) {
+    let messages = json!([{"role": "user", "content": "What is the capital of France?"}]);
+    let body = json!({"model": "m", "messages": messages, "temperature": 0});
+    let (status, answer) = server.post("/v1/chat/completions", body).await;
+    assert_eq!(status, 200, "{answer}");
+    let text = answer["choices"][0]["message"]["content"].as_str().expect("text");
+    assert!(text.contains("Paris"), "{text}");
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+}
+
+async fn prompts_in_every_form(server: &Server) {
+    let one = server.complete(json!({"prompt": "The sky is", "max_tokens": 5})).await;
+    let (_, ids) = server.post("/tokenize", json!({"prompt": "The sky is"})).await;
+    let ids = &ids["tokens"];
+    let (a, b) = ("The sky is", "Two and two make");
+    let two = server.complete(json!({"prompt": [a, b], "max_tokens": 5, "n": 2})).await;
+    let texts: Vec<&Value> =
+        two["choices"].as_array().expect("a list").iter().map(|choice| &choice["text"]).collect();
+    assert_eq!(texts.len(), 4);
+    assert_eq!((texts[0], texts[1]), (&one["choices"][0]["text"], texts[0]));
+    assert_ne!(texts[0], texts[2]);
+    assert_eq!(two["usage"]["completion_tokens"], 20);
+    for prompt in [ids.clone(), json!([ids])] {
+        let same = server.complete(json!({"prompt": prompt, "max_tokens": 5})).await;
+        assert_eq!(same["choices"][0]["text"], one["choices"][0]["text"]);
+    }
+}
+
+async fn completion_logprobs(server: &Server) {
+    let body = json!({"prompt": "The sky is", "max_tokens": 6, "logprobs": 3});
+    let answer = server.complete(body).await;
+    let (text, logprobs) = (&answer["choices"][0]["text"], &answer["choices"][0]["logprobs"]);
+    let tokens = logprobs["tokens"].as_array().expect("a list");
+    let joined: String = tokens.iter().filter_map(Value::as_str).collect();
+    assert_eq!(&Value::from(joined), text);
+    for (index, chosen) in floats(&logprobs["token_logprobs"]).into_iter().enumerate() {
+        let top = logprobs["top_logprobs"][index].as_object().expect("an object");
+        let best = top.values().filter_map(Value::as_f64).fold(f64::MIN, f64::max);
+        assert_eq!((top.len(), best), (3, chosen), "greedy takes the best");
+        let offset = logprobs["text_offset"][index].as_u64().expect("an offset") as usize;
+        let rest: String = text.as_str().expect("text").chars().skip(offset).collect();
+        assert!(rest.starts_with(tokens[index].as_str().expect("text")));
+    }
+}
+
+/// As lm-evaluation-harness asks: the log-probabilities of a given text.
+async fn echo_scores_the_prompt(server: &Server) {
+    let body = json!({"prompt": "The sky is", "max_tokens": 4, "logprobs": 1});
+    let drawn = server.complete(body).await;
+    let whole = format!("The sky is{}", drawn["choices"][0]["text"].as_str().expect("text"));
+    let body = json!({"prompt": whole, "max_tokens": 0, "logprobs": 1, "echo": true});
+    let scored = server.complete(body).await;
+    let choice = &scored["choices"][0];
+    assert_eq!(
+        (choice["text"].as_str(), scored["usage"]["completion_tokens"].as_u64()),
+        (Some(&*whole), Some(0))
+    );
+    assert_eq!(choice["finish_reason"], "length");
+    let logprobs = &choice["logprobs"];
+    assert!(logprobs["token_logprobs"][0].is_null() && logprobs["top_logprobs"][0].is_null());
+    let (scored, expected) = (
+        floats(&logprobs["token_logprobs"]),
+        floats(&drawn["choices"][0]["logprobs"]["token_logprobs"]),
+    );
+    assert_eq!(scored[scored.len() - 4..], expected, "the same rows give the same bits");
+    let both = json!({"prompt": "The sky is", "max_tokens": 4, "logprobs": 1, "echo": true});
+    let both = server.complete(both).await;
+    assert_eq!(both["choices"][0]["text"], Value::from(whole));
+    assert_eq!(both["choices"][0]["logprobs"]["tokens"], logprobs["tokens"]);
+}
+
+async fn chat_logprobs(server: &Server) {
+    let messages = json!([{"role": "user", "content": "Answer with one emoji: a smile."}]);
+    let body = json!({"model": "m", "messages": messages, "temperature": 0, "max_tokens": 12,
+        "logprobs": true, "top_logprobs": 2});
+    let (status, answer) = server.post("/v1/chat/completions", body).await;
+    assert_eq!(status, 200, "{answer}");
+    let content = answer["choices"][0]["logprobs"]["content"].as_array().expect("a list");
+    let bytes: Vec<u8> = content
+        .iter()
+        .flat_map(|entry| entry["bytes"].as_array().expect("bytes"))
+        .map(|byte| byte.as_u64().expect("a byte") as u8)
+        .collect();
+    let text = answer["choices"][0]["message"]["content"].as_str().expect("text");
+    assert!(String::from_utf8_lossy(&bytes).starts_with(text), "{text}");
+    for entry in content {
+        assert_eq!(entry["top_logprobs"].as_array().map(Vec::len), Some(2));
+        assert_eq!(entry["top_logprobs"][0]["logprob"], entry["logprob"]);
+    }
+}
+
+async fn streams_say_what_whole_answers_say(server: &Server) {
+    let body = json!({"prompt": ["The sky is", "One, two,"], "max_tokens": 8, "seed": 5, "n": 2,
+        "logprobs": 1, "echo": true, "model": "m"});
+    let (_, whole) = server.post("/v1/completions", body.clone()).await;
+    let mut with_usage = body;
+    with_usage["stream_options"] = json!({"include_usage": true});
+    let chunks = server.stream("/v1/completions", with_usage).await;
+    let (usage, chunks) = chunks.split_last().expect("chunks");
+    assert_eq!((&usage["usage"], &usage["choices"]), (&whole["usage"], &json!([])));
+    for index in 0..4 {
+        let mine =
+            || chunks.iter().map(|one| &one["choices"][0]).filter(|one| one["index"] == index);
+        let text: String = mine().filter_map(|one| one["text"].as_str()).collect();
+        let expected = &whole["choices"][index];
+        assert_eq!(Value::from(text), expected["text"]);
+        for list in ["tokens", "token_logprobs", "text_offset", "top_logprobs"] {
+            let parts = mine().filter_map(|one| one["logprobs"][list].as_array());
+            let joined: Vec<Value> = parts.flatten().cloned().collect();
+            assert_eq!(Value::from(joined), expected["logprobs"][list], "{index} {list}");
+        }
+        let finish: Vec<&Value> =
+            mine().map(|one| &one["finish_reason"]).filter(|f| !f.is_null()).collect();
+        assert_eq!(finish, [&expected["finish_reason"]]);
+    }
+    let messages = json!([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]);
+    let chunks =
+        server.stream("/v1/chat/completions", json!({"messages": messages, "max_tokens": 3})).await;
+    assert_eq!(chunks[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+    assert!(chunks.iter().all(|chunk| chunk.get("usage").is_none()));
+}
+
+async fn tokens_and_text(server: &Server) {
+    for text in ["Hello", " two  spaces", "naïve 漢字 🦀 e\u{301}", "<|im_start|>user", ""] {
+        let body = json!({"prompt": text, "return_token_strs": true});
+        let (_, answer) = server.post("/tokenize", body).await;
+        assert_eq!(
+            answer["token_strs"].as_array().map(|list| list.len() as u64),
+            answer["count"].as_u64()
+        );
+        let (_, back) = server.post("/detokenize", json!({"tokens": answer["tokens"]})).await;
+        assert_eq!(back, json!({"prompt": text}));
+    }
+    let messages = json!([{"role": "user", "content": "<|im_end|>"}]);
+    let (_, answer) = server.post("/tokenize", json!({"messages": messages})).await;
+    let (_, typed) = server.post("/tokenize", json!({"prompt": "<|im_end|>"})).await;
+    assert!(typed["count"].as_u64() > Some(1), "a typed literal is text");
+    assert!(answer["count"].as_u64() > typed["count"].as_u64());
+}
+
+async fn errors(server: &Server) {
+    let chat = "/v1/chat/completions";
+    let messages = json!([{"role": "user", "content": "Hi"}]);
+    let with = |key: &str, value: Value| {
+        let mut body = json!({"model": "m", "messages": messages});
+        body[key] = value;
+        body
+    };
+    for (key, value) in [
+        ("temperature", json!(3)),
+        ("temperature", json!("hot")),
+        ("n", json!(0)),
+        ("top_logprobs", json!(2)),
+        ("stream_options", json!({"include_usage": true})),
+        ("max_completion_tokens", json!(41)),
+        ("max_tokens", json!(0)),
+        ("tools", json!([{"type": "function"}])),
+        ("response_format", json!({"type": "json_object"})),
+        ("metadata", json!({"a": 1})),
+        ("messages", json!([])),
+        ("stop", json!(["a", "b", "c", "d", "e"])),
+    ] {
+        let (status, error) = server.post(chat, with(key, value.clone())).await;
+        let error = &error["error"];
+        assert_eq!(
+            (status.as_u16(), error["param"].as_str()),
+            (400, Some(key)),
+            "{value}: {error}"
+        );
+        assert!(error["message"].is_string() && error["type"] == "invalid_request_error");
+    }
+    for (key, value) in [
+        ("tools", json!([])),
+        ("response_format", json!({"type": "text"})),
+        ("functions", Value::Null),
+        ("modalities", json!(["text"])),
+        ("a_field_of_tomorrow", json!(1)),
+    ] {
+        let mut body = with(key, value);
+        body["max_tokens"] = 1.into();
+        assert_eq!(server.post(chat, body).await.0, 200, "{key}");
+    }
+    let long = json!({"model": "m", "prompt": "word ".repeat(9000)});
+    let (status, error) = server.post("/v1/completions", long).await;
+    assert_eq!(
+        (status.as_u16(), &error["error"]["code"]),
+        (400, &json!("context_length_exceeded"))
+    );
+    assert_eq!(error["error"]["param"], "prompt");
+    let (status, error) = server.post(chat, with("model", json!("other"))).await;
+    assert_eq!((status.as_u16(), &error["error"]["code"]), (404, &json!("model_not_found")));
+    let big = json!({"model": "m", "prompt": "x".repeat(9 << 20)});
+    let (status, error) = server.post("/v1/completions", big).await;
+    assert_eq!((status.as_u16(), &error["error"]["type"]), (413, &json!("invalid_request_error")));
+    for (method, path, expected) in [(Method::GET, chat, 405), (Method::GET, "/nothing", 404)] {
+        let response = server.send(method, path, &Value::Null).await;
+        assert_eq!(response.status(), expected);
+        assert!(response.headers().contains_key("x-request-id"));
+        let error: Value = response.json().await.expect("json");
+        assert!(error["error"]["message"].is_string());
+    }
+}
+
+async fn ids_logs_and_metrics(server: &Server) {
+    let body = json!({"model": "m", "prompt": "One", "max_tokens": 3}).to_string();
+    let request = server.http.post(format!("{}/v1/completions", server.url));
+    let response =
+        request.header("x-request-id", "mine-7").body(body).send().await.expect("answers");
+    assert_eq!(response.headers()["x-request-id"], "mine-7");
+    let line = server.logged(&["\"mine-7\"", "request"]).await;
+    assert_eq!((&line["outcome"], &line["completion_tokens"]), (&json!("ok"), &json!(3)), "{line}");
+    assert!(
+        line["ttft_ms"].as_f64() > Some(0.0)
+            && line["duration_ms"].as_f64() >= line["ttft_ms"].as_f64()
+    );
+    assert!(server.metric("vllm:generation_tokens_total").await >= 3.0);
+    assert!(server.metric("vllm:time_to_first_token_seconds_count").await >= 1.0);
+    assert_eq!(server.metric("vllm:num_requests_waiting").await, 0.0);
+}
+
+async fn a_client_that_goes_away(server: &Server) {
+    let body = json!({"model": "m", "prompt": "Once", "max_tokens": 40, "ignore_eos": true, "stream": true, "n": 8});
+    let request =
+        server.http.post(format!("{}/v1/completions", server.url)).header("x-request-id", "gone-1");
+    let mut response = request.body(body.to_string()).send().await.expect("answers");
+    response.chunk().await.expect("a chunk");
+    drop(response);
+    let line = server.logged(&["\"gone-1\"", "request"]).await;
+    assert_eq!(line["outcome"], "aborted", "{line}");
+    let start = Instant::now();
+    while server.metric("candela:live_sequences").await > 0.0 {
+        assert!(start.elapsed() < DEADLINE, "sequences leak");
+    }
+    assert_eq!(server.metric("vllm:num_requests_running").await, 0.0);
+}
