@@ -65,6 +65,7 @@ pub fn router(state: Arc<AppState>, body_bytes_max: usize) -> Router {
         .route("/health", get(|| async { "ok" }))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
+        .route("/openapi.json", get(openapi))
         .route("/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
         .fallback(|| async { ApiError::not_found("this path does not exist; see /v1/models") })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
@@ -92,6 +93,26 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
         return "ok".into_response();
     }
     (StatusCode::SERVICE_UNAVAILABLE, "not ready").into_response()
+}
+
+/// The description of this API, with this server's version, model and limits.
+async fn openapi(State(state): State<Arc<AppState>>) -> Result<Json<serde_json::Value>, ApiError> {
+    let mut document: serde_json::Value = serde_json::from_str(include_str!("openapi.json"))
+        .map_err(|error| ApiError::internal(error.to_string()))?;
+    document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
+    let schemas = &mut document["components"]["schemas"];
+    schemas["ModelId"]["enum"] = json!([state.model.id.as_str()]);
+    schemas["TokenId"]["maximum"] = (state.model.tokenizer.vocab_size() - 1).into();
+    schemas["Sampling"]["properties"]["n"]["maximum"] = state.choices_max.into();
+    let top_max = state.logprobs_top_max;
+    schemas["CompletionRequest"]["properties"]["logprobs"]["maximum"] = top_max.into();
+    let chat = &mut schemas["ChatRequest"]["properties"];
+    chat["top_logprobs"]["maximum"] = top_max.into();
+    let longest = (state.model.context_tokens_max as u32).min(state.completion_tokens_max);
+    chat["max_tokens"]["maximum"] = longest.into();
+    chat["max_completion_tokens"]["maximum"] = longest.into();
+    schemas["CompletionRequest"]["properties"]["max_tokens"]["maximum"] = longest.into();
+    Ok(Json(document))
 }
 
 async fn metrics(State(state): State<Arc<AppState>>) -> Response {
