@@ -2,115 +2,29 @@
 
 mod common;
 
-use std::{
-    io::{BufRead, BufReader, Read},
-    process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
-    time::{Duration, Instant},
-};
+use std::time::Instant;
 
-use reqwest::{Method, StatusCode};
+use common::server::{DEADLINE, Server};
+use reqwest::Method;
 use serde_json::{Value, json};
 
-const DEADLINE: Duration = Duration::from_secs(60);
-
-struct Server {
-    process: Child,
-    url: String,
-    http: reqwest::Client,
-    log: Arc<Mutex<String>>,
+async fn complete(server: &Server, mut body: Value) -> Value {
+    body["model"] = "m".into();
+    body["temperature"] = 0.into();
+    let (status, answer) = server.post("/v1/completions", body).await;
+    assert_eq!(status, 200, "{answer}");
+    answer
 }
 
-impl Server {
-    fn start(extra: &[&str]) -> Self {
-        let path = common::default_model();
-        let mut process = Command::new(env!("CARGO_BIN_EXE_candela"))
-            .args(["serve", "--port", "0", "--served-model-name", "m", "--log-format", "json"])
-            .arg("--model")
-            .arg(path)
-            .args(extra)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("starts");
-        let log = Arc::new(Mutex::new(String::new()));
-        let mut errors = process.stderr.take().expect("piped");
-        std::thread::spawn({
-            let log = log.clone();
-            move || {
-                let mut part = [0; 4096];
-                while let Ok(count @ 1..) = errors.read(&mut part) {
-                    let text = String::from_utf8_lossy(&part[..count]).into_owned();
-                    log.lock().expect("not poisoned").push_str(&text);
-                }
-            }
-        });
-        let mut line = String::new();
-        let out = process.stdout.take().expect("piped");
-        BufReader::new(out).read_line(&mut line).expect("says where it listens");
-        let url = line.split("on ").nth(1).expect("a url").trim().to_owned();
-        let http = reqwest::Client::builder().no_proxy().build().expect("client");
-        Self { process, url, http, log }
-    }
-
-    async fn send(&self, method: Method, path: &str, body: &Value) -> reqwest::Response {
-        let request = self.http.request(method, format!("{}{path}", self.url));
-        request.body(body.to_string()).send().await.expect("answers")
-    }
-
-    async fn post(&self, path: &str, body: Value) -> (StatusCode, Value) {
-        let response = self.send(Method::POST, path, &body).await;
-        let status = response.status();
-        (status, response.json().await.expect("json"))
-    }
-
-    async fn complete(&self, mut body: Value) -> Value {
-        body["model"] = "m".into();
-        body["temperature"] = 0.into();
-        let (status, answer) = self.post("/v1/completions", body).await;
-        assert_eq!(status, 200, "{answer}");
-        answer
-    }
-
-    async fn stream(&self, path: &str, mut body: Value) -> Vec<Value> {
-        body["model"] = "m".into();
-        body["stream"] = true.into();
-        let response = self.send(Method::POST, path, &body).await;
-        assert_eq!(response.status(), 200);
-        let text = response.text().await.expect("text");
-        let data: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
-        assert_eq!(data.last(), Some(&"[DONE]"), "{text}");
-        data[..data.len() - 1].iter().map(|one| serde_json::from_str(one).expect("json")).collect()
-    }
-
-    async fn metric(&self, name: &str) -> f64 {
-        let response = self.send(Method::GET, "/metrics", &Value::Null).await;
-        let text = response.text().await.expect("text");
-        let line = text.lines().find(|line| line.starts_with(&format!("{name}{{")));
-        let line = line.unwrap_or_else(|| panic!("no {name} in {text}"));
-        line.rsplit(' ').next().and_then(|value| value.parse().ok()).expect("a number")
-    }
-
-    /// The first line of the log that holds all of `parts`.
-    async fn logged(&self, parts: &[&str]) -> Value {
-        let start = Instant::now();
-        while start.elapsed() < DEADLINE {
-            let log = self.log.lock().expect("not poisoned").clone();
-            let line = log.lines().find(|line| parts.iter().all(|part| line.contains(part)));
-            if let Some(line) = line.and_then(|line| serde_json::from_str(line).ok()) {
-                return line;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        panic!("no line with {parts:?} in {}", self.log.lock().expect("not poisoned"));
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+async fn stream(server: &Server, path: &str, mut body: Value) -> Vec<Value> {
+    body["model"] = "m".into();
+    body["stream"] = true.into();
+    let response = server.send(Method::POST, path, &body).await;
+    assert_eq!(response.status(), 200);
+    let text = response.text().await.expect("text");
+    let data: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    assert_eq!(data.last(), Some(&"[DONE]"), "{text}");
+    data[..data.len() - 1].iter().map(|one| serde_json::from_str(one).expect("json")).collect()
 }
 
 fn floats(list: &Value) -> Vec<f64> {
@@ -143,11 +57,11 @@ async fn chat_knows_the_capital(server: &Server) {
 }
 
 async fn prompts_in_every_form(server: &Server) {
-    let one = server.complete(json!({"prompt": "The sky is", "max_tokens": 5})).await;
+    let one = complete(server, json!({"prompt": "The sky is", "max_tokens": 5})).await;
     let (_, ids) = server.post("/tokenize", json!({"prompt": "The sky is"})).await;
     let ids = &ids["tokens"];
     let (a, b) = ("The sky is", "Two and two make");
-    let two = server.complete(json!({"prompt": [a, b], "max_tokens": 5, "n": 2})).await;
+    let two = complete(server, json!({"prompt": [a, b], "max_tokens": 5, "n": 2})).await;
     let texts: Vec<&Value> =
         two["choices"].as_array().expect("a list").iter().map(|choice| &choice["text"]).collect();
     assert_eq!(texts.len(), 4);
@@ -155,14 +69,14 @@ async fn prompts_in_every_form(server: &Server) {
     assert_ne!(texts[0], texts[2]);
     assert_eq!(two["usage"]["completion_tokens"], 20);
     for prompt in [ids.clone(), json!([ids])] {
-        let same = server.complete(json!({"prompt": prompt, "max_tokens": 5})).await;
+        let same = complete(server, json!({"prompt": prompt, "max_tokens": 5})).await;
         assert_eq!(same["choices"][0]["text"], one["choices"][0]["text"]);
     }
 }
 
 async fn completion_logprobs(server: &Server) {
     let body = json!({"prompt": "The sky is", "max_tokens": 6, "logprobs": 3});
-    let answer = server.complete(body).await;
+    let answer = complete(server, body).await;
     let (text, logprobs) = (&answer["choices"][0]["text"], &answer["choices"][0]["logprobs"]);
     let tokens = logprobs["tokens"].as_array().expect("a list");
     let joined: String = tokens.iter().filter_map(Value::as_str).collect();
@@ -180,10 +94,10 @@ async fn completion_logprobs(server: &Server) {
 /// As lm-evaluation-harness asks: the log-probabilities of a given text.
 async fn echo_scores_the_prompt(server: &Server) {
     let body = json!({"prompt": "The sky is", "max_tokens": 4, "logprobs": 1});
-    let drawn = server.complete(body).await;
+    let drawn = complete(server, body).await;
     let whole = format!("The sky is{}", drawn["choices"][0]["text"].as_str().expect("text"));
     let body = json!({"prompt": whole, "max_tokens": 0, "logprobs": 1, "echo": true});
-    let scored = server.complete(body).await;
+    let scored = complete(server, body).await;
     let choice = &scored["choices"][0];
     assert_eq!(
         (choice["text"].as_str(), scored["usage"]["completion_tokens"].as_u64()),
@@ -198,7 +112,7 @@ async fn echo_scores_the_prompt(server: &Server) {
     );
     assert_eq!(scored[scored.len() - 4..], expected, "the same rows give the same bits");
     let both = json!({"prompt": "The sky is", "max_tokens": 4, "logprobs": 1, "echo": true});
-    let both = server.complete(both).await;
+    let both = complete(server, both).await;
     assert_eq!(both["choices"][0]["text"], Value::from(whole));
     assert_eq!(both["choices"][0]["logprobs"]["tokens"], logprobs["tokens"]);
 }
@@ -229,7 +143,7 @@ async fn streams_say_what_whole_answers_say(server: &Server) {
     let (_, whole) = server.post("/v1/completions", body.clone()).await;
     let mut with_usage = body;
     with_usage["stream_options"] = json!({"include_usage": true});
-    let chunks = server.stream("/v1/completions", with_usage).await;
+    let chunks = stream(server, "/v1/completions", with_usage).await;
     let (usage, chunks) = chunks.split_last().expect("chunks");
     assert_eq!((&usage["usage"], &usage["choices"]), (&whole["usage"], &json!([])));
     for index in 0..4 {
@@ -249,7 +163,8 @@ async fn streams_say_what_whole_answers_say(server: &Server) {
     }
     let messages = json!([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]);
     let chunks =
-        server.stream("/v1/chat/completions", json!({"messages": messages, "max_tokens": 3})).await;
+        stream(server, "/v1/chat/completions", json!({"messages": messages, "max_tokens": 3}))
+            .await;
     assert_eq!(chunks[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
     assert!(chunks.iter().all(|chunk| chunk.get("usage").is_none()));
 }

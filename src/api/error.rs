@@ -44,6 +44,11 @@ impl ApiError {
         Self { param: Some(param.to_owned()), ..self }
     }
 
+    pub fn too_large() -> Self {
+        let message = "the body is larger than this server takes; the operator sets body_bytes_max";
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+    }
+
     pub fn not_found(message: &str) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }
@@ -101,14 +106,10 @@ impl From<SubmitError> for ApiError {
 
 impl From<BytesRejection> for ApiError {
     fn from(error: BytesRejection) -> Self {
-        let status = error.status();
-        let message = match status {
-            StatusCode::PAYLOAD_TOO_LARGE => {
-                "the body is larger than this server takes; the operator sets body_bytes_max".into()
-            }
-            _ => error.body_text(),
-        };
-        Self::new(status, "invalid_request_error", message)
+        match error.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => Self::too_large(),
+            status => Self::new(status, "invalid_request_error", error.body_text()),
+        }
     }
 }
 

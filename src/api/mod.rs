@@ -7,7 +7,7 @@ mod record;
 mod request;
 mod tokens;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -16,6 +16,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use futures_util::StreamExt;
 use serde_json::json;
 
 use crate::{
@@ -27,6 +28,10 @@ use crate::{
 };
 
 pub use error::ApiError;
+
+/// How much of a body that is too large is read before the refusal, and how long.
+const DISCARDED_BYTES_MAX: usize = 64 << 20;
+const DISCARD_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// A model as it is served.
 pub struct ServedModel {
@@ -70,8 +75,36 @@ pub fn router(state: Arc<AppState>, body_bytes_max: usize) -> Router {
         .fallback(|| async { ApiError::not_found("this path does not exist; see /v1/models") })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(DefaultBodyLimit::max(body_bytes_max))
+        .layer(axum::middleware::from_fn_with_state(body_bytes_max, check_size))
         .layer(axum::middleware::from_fn_with_state(state.clone(), record::observe))
         .with_state(state)
+}
+
+/// Refuses a body that is said to be too large. It is read and thrown away first, within bounds: most
+/// clients look for an answer only after they have sent all, and find a closed connection otherwise.
+async fn check_size(
+    State(body_bytes_max): State<usize>,
+    request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> Response {
+    let length = request.headers().get("content-length").and_then(|value| value.to_str().ok());
+    let length: Option<usize> = length.and_then(|length| length.parse().ok());
+    if length.is_none_or(|length| length <= body_bytes_max) {
+        return next.run(request).await;
+    }
+    let mut left = DISCARDED_BYTES_MAX;
+    let mut body = request.into_body().into_data_stream();
+    let discard = async {
+        while let Some(Ok(part)) = body.next().await {
+            left = left.saturating_sub(part.len());
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Out of time is answered like all read.
+    let _ = tokio::time::timeout(DISCARD_TIME_MAX, discard).await;
+    ApiError::too_large().into_response()
 }
 
 async fn check_key(

@@ -1,5 +1,8 @@
 //! Shared by the tests that need real weights.
 
+#[allow(dead_code, reason = "not every test wants a server")]
+pub mod server;
+
 use std::path::{Path, PathBuf};
 
 use candela::registry::{
