@@ -1,6 +1,6 @@
 //! `candela serve`.
 
-use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
+use std::{io::Write, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 
@@ -102,7 +102,9 @@ async fn listen(
     state: AppState,
 ) -> anyhow::Result<Stopped> {
     let (address, name) = (listener.local_addr()?, state.model.id.clone());
-    println!(
+    // A reader that went away, as in `candela serve | head -1`, is no reason to stop.
+    let _ = writeln!(
+        std::io::stdout(),
         "candela serves {name} on http://{address}\ntry it:\n  \
          curl http://{address}/v1/chat/completions -H 'content-type: application/json' \\\n    \
          -d '{{\"model\": \"{name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello!\"}}]}}'"
