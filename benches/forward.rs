@@ -1,13 +1,15 @@
 //! Tokens per second of the forward alone: prefill of one prompt, decode of 1 to 32 sequences from
-//! two contexts, and the memory it took; one JSON line each. `CANDELA_BENCH_MODEL` names a GGUF file.
+//! two contexts, and the memory it took; one JSON line each. `CANDELA_BENCH_MODEL` names a GGUF file;
+//! `CANDELA_ISA_MAX` and `CANDELA_KV_CACHE_DTYPE` count as for the server.
 //!
 //! `benches/compare.py` runs it interleaved with other builds and with llama.cpp.
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use candela::{
+    cli::assemble::{isa_max, kv_dtype},
     model::{Llama, ModelWeights, RuntimeLimits, WeightFiles, load},
-    ops::{CpuPool, KV_BLOCK_TOKENS, StepInputs},
+    ops::{CpuPool, KV_BLOCK_TOKENS, KvDtype, StepInputs, simd},
 };
 
 const PROMPTS: [usize; 2] = [512, 2048];
@@ -26,6 +28,14 @@ const KV_BLOCKS: usize = PROMPT_BLOCKS + (SEQS_MAX - 1) * DECODE_BLOCKS;
 fn main() {
     let path = std::env::var_os("CANDELA_BENCH_MODEL").map(PathBuf::from);
     let path = path.expect("CANDELA_BENCH_MODEL names a GGUF file");
+    // As the server's settings of these names.
+    if let Ok(name) = std::env::var("CANDELA_ISA_MAX") {
+        simd::limit(isa_max(name.parse().expect("CANDELA_ISA_MAX")));
+    }
+    let kv_dtype = match std::env::var("CANDELA_KV_CACHE_DTYPE") {
+        Ok(name) => kv_dtype(name.parse().expect("CANDELA_KV_CACHE_DTYPE")),
+        Err(_) => KvDtype::F32,
+    };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let pool = Arc::new(CpuPool::new(threads).expect("threads"));
     let (config, weights) = load(&WeightFiles::Gguf(path)).expect("loads");
@@ -33,10 +43,11 @@ fn main() {
         step_tokens_max: STEP_TOKENS_MAX,
         logits_rows_max: SEQS_MAX,
         kv_blocks: KV_BLOCKS,
+        kv_dtype,
         context_tokens_max: PROMPTS[1],
     };
     let weight_bytes = bytes(&weights);
-    let kv_bytes = KV_BLOCKS * Llama::kv_bytes_per_block(&config);
+    let kv_bytes = KV_BLOCKS * Llama::kv_bytes_per_block(&config, kv_dtype);
     let workspace_bytes = Llama::workspace_bytes(&config, &limits);
     let model = Llama::new(config, weights, limits, pool).expect("fits");
 

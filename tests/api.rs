@@ -46,6 +46,20 @@ async fn the_api_on_real_weights() {
     a_client_that_goes_away(&server).await;
 }
 
+/// Both element types of the cache, and fewer instructions than the machine has.
+#[tokio::test]
+async fn settings_of_the_kernels() {
+    let mut kv_bytes = Vec::new();
+    for (dtype, isa) in [("f32", "avx2"), ("f16", "avx512")] {
+        let extra = ["--kv-cache-dtype", dtype, "--isa-max", isa, "--max-model-len", "512"];
+        let server = Server::start(&extra);
+        chat_knows_the_capital(&server).await;
+        kv_bytes.push(server.logged(&["KV cache"]).await["kv_bytes"].as_u64());
+    }
+    assert_eq!(kv_bytes[0], kv_bytes[1].map(|bytes| bytes * 2), "{kv_bytes:?}");
+    assert!(kv_bytes[0].is_some_and(|bytes| bytes > 0));
+}
+
 async fn chat_knows_the_capital(server: &Server) {
     let messages = json!([{"role": "user", "content": "What is the capital of France?"}]);
     let body = json!({"model": "m", "messages": messages, "temperature": 0});

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use candela::config::{ByteSize, Config, ConfigError, KvCacheDtype, Settings};
+use candela::config::{ByteSize, Config, ConfigError, IsaMax, KvCacheDtype, Settings};
 use clap::Parser;
 
 #[derive(Parser)]
@@ -47,11 +47,12 @@ fn a_flag_wins_over_the_file_and_that_over_the_default() {
 
 #[test]
 fn every_kind_of_value_is_read() {
-    let text = "kv_cache_memory = \"1.5GiB\"\nkv_cache_dtype = \"f32\"\noffline = true\n\
+    let text = "kv_cache_memory = \"1.5GiB\"\nkv_cache_dtype = \"f32\"\nisa_max = \"avx2\"\noffline = true\n\
                 drain_timeout = 0\nthreads = 3\nmodel = \"m\"\nbody_bytes_max = 2048\n";
     let config = load(text, &[]).unwrap();
     assert_eq!(config.kv_cache_memory_bytes, Some(3 << 29));
     assert_eq!(config.kv_cache_dtype, KvCacheDtype::F32);
+    assert_eq!(config.isa_max, Some(IsaMax::Avx2));
     assert!(config.sources.offline);
     assert_eq!(config.drain_timeout.as_secs(), 0);
     assert_eq!(config.threads, Some(3));
@@ -107,6 +108,8 @@ fn values_out_of_range_are_refused() {
     refuses("", &["--model", " "], &["model", "empty"]);
     refuses("", &["--device", "cuda:1"], &["no CUDA"]);
     refuses("", &["--api-key", "short"], &["api_key"]);
+    refuses("kv_cache_dtype = \"bf16\"", &[], &["line 1", "`bf16` is not f16 or f32"]);
+    refuses("isa_max = \"avx\"", &[], &["line 1", "`avx` is not portable, avx2 or avx512"]);
     refuses("", &["--host", "example"], &["host", "no IP address"]);
 }
 

@@ -8,6 +8,7 @@ use candela::{
     cli::assemble::{Assembled, EngineSpec, assemble},
     clock::Clock,
     engine::{GenerateRequest, RequestStream, StopParams, StreamEvent},
+    ops::KvDtype,
     registry::ModelSource,
     sampling::SamplingParams,
     text::ChatMessage,
@@ -19,6 +20,7 @@ fn start(change: impl FnOnce(&mut EngineSpec)) -> Assembled {
         threads: 2,
         context_tokens_max: Some(512),
         kv_cache_bytes: 256 << 20,
+        kv_dtype: KvDtype::F32,
         step_tokens_max: 128,
         running_seqs_max: 32,
         waiting_requests_max: 64,
@@ -66,6 +68,9 @@ async fn read(mut stream: RequestStream, choices: usize) -> Vec<(String, Vec<u32
     panic!("the stream ended without a last event");
 }
 
+/// Of an f32 cache: too few for all of the prompts at once.
+const FEW_BLOCKS_BYTES: usize = 15 << 20;
+
 const PROMPTS: [&str; 6] = [
     "What is the capital of Portugal?",
     "Hi",
@@ -86,8 +91,20 @@ async fn a_real_model_answers() {
 
 #[tokio::test]
 async fn tokens_do_not_depend_on_batch_chunks_depth_or_recompute() {
+    check_tokens(KvDtype::F32).await;
+}
+
+#[tokio::test]
+async fn nor_do_they_with_an_f16_cache() {
+    check_tokens(KvDtype::F16).await;
+}
+
+async fn check_tokens(kv_dtype: KvDtype) {
     let mut solo = Vec::new();
-    let model = start(|spec| spec.pipeline_depth = 1);
+    let model = start(|spec| {
+        spec.kv_dtype = kv_dtype;
+        spec.pipeline_depth = 1;
+    });
     for text in PROMPTS {
         for (choices, temperature) in [(1, 0.0), (3, 1.0)] {
             let prompt = chat(&model, text);
@@ -103,11 +120,16 @@ async fn tokens_do_not_depend_on_batch_chunks_depth_or_recompute() {
             spec.pipeline_depth = 1;
         }),
         ("one thread", |spec| spec.threads = 1),
-        ("few blocks", |spec| spec.kv_cache_bytes = 15 << 20),
+        ("few blocks", |spec| spec.kv_cache_bytes = FEW_BLOCKS_BYTES),
     ];
     for (name, change) in changes {
         let model = start(|spec| {
             change(spec);
+            spec.kv_dtype = kv_dtype;
+            if kv_dtype == KvDtype::F16 {
+                // As many blocks in half the memory.
+                spec.kv_cache_bytes /= 2;
+            }
             spec.context_tokens_max = Some(128);
         });
         let mut streams = Vec::new();

@@ -12,7 +12,7 @@ const MAY_KNOW: [(&str, &[&str]); 15] = [
     ("cache", &["types"]),
     ("ops", &[]),
     ("model", &["types", "ops"]),
-    ("sampling", &["types"]),
+    ("sampling", &["types", "ops"]),
     ("text", &["types"]),
     ("telemetry", &["engine"]),
     ("admission", &["types", "clock", "price", "engine"]),

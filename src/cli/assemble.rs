@@ -6,12 +6,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     clock::Clock,
+    config::{IsaMax, KvCacheDtype},
     engine::{
         self, EngineOptions, EngineThread,
         device::{CpuDevice, DeviceError},
     },
     model::{self, GgufFile, Llama, ModelConfig, RuntimeLimits, WeightFiles},
-    ops::{CpuPool, KV_BLOCK_TOKENS},
+    ops::{CpuPool, Isa, KV_BLOCK_TOKENS, KvDtype},
     registry::ModelSource,
     scheduler::Limits,
     text::{ChatTemplate, GgufVocab, Tokenizer},
@@ -24,6 +25,7 @@ pub struct EngineSpec {
     pub threads: usize,
     pub context_tokens_max: Option<usize>,
     pub kv_cache_bytes: usize,
+    pub kv_dtype: KvDtype,
     pub step_tokens_max: usize,
     pub running_seqs_max: usize,
     pub waiting_requests_max: usize,
@@ -38,6 +40,23 @@ pub struct Assembled {
     pub template: Option<ChatTemplate>,
     pub engine: EngineThread,
     pub context_tokens_max: usize,
+}
+
+/// The setting as the kernels call it.
+pub fn kv_dtype(setting: KvCacheDtype) -> KvDtype {
+    match setting {
+        KvCacheDtype::F16 => KvDtype::F16,
+        KvCacheDtype::F32 => KvDtype::F32,
+    }
+}
+
+/// The setting as the kernels call it.
+pub fn isa_max(setting: IsaMax) -> Isa {
+    match setting {
+        IsaMax::Portable => Isa::Portable,
+        IsaMax::Avx2 => Isa::Avx2,
+        IsaMax::Avx512 => Isa::Avx512Vnni,
+    }
 }
 
 /// Loads a model and starts its engine.
@@ -64,7 +83,7 @@ pub fn assemble(
             config.vocab_size
         );
     }
-    let block_bytes = Llama::kv_bytes_per_block(&config);
+    let block_bytes = Llama::kv_bytes_per_block(&config, spec.kv_dtype);
     let kv_blocks = spec.kv_cache_bytes / block_bytes;
     let wanted = spec.context_tokens_max.unwrap_or(config.max_position).min(config.max_position);
     let context_tokens_max = wanted.min(kv_blocks * KV_BLOCK_TOKENS);
@@ -99,6 +118,7 @@ pub fn assemble(
         step_tokens_max: spec.step_tokens_max,
         logits_rows_max,
         kv_blocks,
+        kv_dtype: spec.kv_dtype,
         context_tokens_max,
     };
     let (threads, seats, device_clock) = (spec.threads, spec.running_seqs_max, clock.clone());

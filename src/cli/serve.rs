@@ -2,10 +2,10 @@
 
 use std::{io::Write, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use super::{
-    assemble::{Assembled, EngineSpec, assemble},
+    assemble::{Assembled, EngineSpec, assemble, isa_max, kv_dtype},
     logging, machine,
     net::{self, DrainHooks, Stopped},
     pull,
@@ -14,8 +14,9 @@ use crate::{
     admission::ApiKey,
     api::{AppState, ServedModel, router},
     clock::Clock,
-    config::{Config, KvCacheDtype},
+    config::Config,
     engine::EngineHandle,
+    ops::simd,
     registry::{BarProgress, DEFAULT_MODEL, Registry},
     telemetry::Metrics,
     types::ModelId,
@@ -30,8 +31,9 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
     if let Some(file) = &config.file {
         tracing::info!(file = %file.display(), "configuration read");
     }
-    if config.kv_cache_dtype == KvCacheDtype::F16 {
-        bail!("an f16 KV cache is not there yet; use --kv-cache-dtype f32");
+    if let Some(most) = config.isa_max {
+        let isa = simd::limit(isa_max(most));
+        tracing::info!(?isa, "vector instructions are limited");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -84,6 +86,7 @@ fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled)> {
         threads: config.threads.unwrap_or(cores),
         context_tokens_max: config.context_tokens_max,
         kv_cache_bytes: machine::kv_cache_memory_bytes(config.kv_cache_memory_bytes)? as usize,
+        kv_dtype: kv_dtype(config.kv_cache_dtype),
         step_tokens_max: config.step_tokens_max,
         running_seqs_max: config.running_seqs_max,
         waiting_requests_max: config.waiting_requests_max,

@@ -10,7 +10,7 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 pub use limits::*;
 pub use settings::Settings;
-pub use value::{ByteSize, ConfigError, Device, KvCacheDtype, LogFormat, Secret};
+pub use value::{ByteSize, ConfigError, Device, IsaMax, KvCacheDtype, LogFormat, Secret};
 
 /// Where models come from and where they are kept.
 #[derive(Clone, Debug)]
@@ -55,6 +55,7 @@ pub struct Config {
     /// None means [`KV_CACHE_MEMORY_SHARE`] of the memory available at start.
     pub kv_cache_memory_bytes: Option<u64>,
     pub kv_cache_dtype: KvCacheDtype,
+    pub isa_max: Option<IsaMax>,
     pub step_tokens_max: usize,
     pub running_seqs_max: usize,
     /// Steps in flight: 1 or 2.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, builder::BoolishValueParser};
 use serde::Deserialize;
 
-use super::value::{ByteSize, Device, KvCacheDtype, LogFormat, Secret};
+use super::value::{ByteSize, Device, IsaMax, KvCacheDtype, LogFormat, Secret};
 
 /// Declares the settings, once, with the rule that the first source that names one wins.
 macro_rules! settings {
@@ -101,6 +101,10 @@ settings! {
     /// CPU threads [default: every core this process may use]
     #[arg(long, env = "CANDELA_THREADS", value_name = "N", help_heading = "Engine")]
     threads: u64,
+    /// Vector instructions to use at most, to compare: portable, avx2 or avx512 [default: the best that
+    /// the processor has]
+    #[arg(long, env = "CANDELA_ISA_MAX", value_name = "NAME", help_heading = "Engine")]
+    isa_max: IsaMax,
     /// Longest prompt plus output in tokens [default: the model's own]
     #[arg(long, env = "CANDELA_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Engine")]
     max_model_len: u64,

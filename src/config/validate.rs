@@ -63,6 +63,7 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
         )?,
         kv_cache_memory_bytes: kv,
         kv_cache_dtype: settings.kv_cache_dtype.unwrap_or(KvCacheDtype::F32),
+        isa_max: settings.isa_max,
         step_tokens_max: count(
             "max_num_batched_tokens",
             settings.max_num_batched_tokens,

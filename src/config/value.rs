@@ -161,6 +161,11 @@ words!(
     Device, "auto" => Auto, "cpu" => Cpu; device_hint
 );
 words!(KvCacheDtype, "f16" => F16, "f32" => F32; |word| format!("`{word}` is not f16 or f32"));
+words!(
+    /// Vector instructions that kernels may use.
+    IsaMax, "portable" => Portable, "avx2" => Avx2, "avx512" => Avx512;
+    |word| format!("`{word}` is not portable, avx2 or avx512")
+);
 words!(LogFormat, "text" => Text, "json" => Json; |word| format!("`{word}` is not text or json"));
 
 fn device_hint(word: &str) -> String {

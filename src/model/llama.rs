@@ -5,8 +5,8 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor};
 
 use crate::ops::{
-    Attention, BlockCopy, CpuPool, Embed, GatherRows, KvShape, KvWrite, Linear, LinearScratch,
-    PackedWeight, RmsNorm, Rope, SiluMul, StepInputs, View, arena,
+    Attention, AttentionTiles, BlockCopy, CpuPool, Embed, GatherRows, KvDtype, KvShape, KvWrite,
+    Linear, LinearScratch, PackedWeight, RmsNorm, Rope, SiluMul, StepInputs, View, arena,
 };
 
 use super::{LayerWeights, ModelConfig, ModelError, ModelWeights};
@@ -17,6 +17,7 @@ pub struct RuntimeLimits {
     pub step_tokens_max: usize,
     pub logits_rows_max: usize,
     pub kv_blocks: usize,
+    pub kv_dtype: KvDtype,
     /// Longest sequence; bounds the rope table.
     pub context_tokens_max: usize,
 }
@@ -67,7 +68,7 @@ impl Llama {
         let k_max =
             config.hidden_size.max(config.intermediate_size).max(config.heads * config.head_dim);
         Ok(Self {
-            kv: Tensor::zeros(kv_shape.elements(), DType::F32, &Device::Cpu)?,
+            kv: Tensor::zeros(kv_shape.elements(), DType::from(limits.kv_dtype), &Device::Cpu)?,
             arena: Tensor::zeros(elements, DType::F32, &Device::Cpu)?,
             scratch: LinearScratch::new(limits.step_tokens_max.max(limits.logits_rows_max), k_max),
             rope_table: rope_table(&config, limits.context_tokens_max),
@@ -84,15 +85,20 @@ impl Llama {
         &self.config
     }
 
+    /// The threads that the model computes on.
+    pub fn pool(&self) -> &CpuPool {
+        &self.pool
+    }
+
     /// Bytes of K and V of one block over all layers.
-    pub fn kv_bytes_per_block(config: &ModelConfig) -> usize {
+    pub fn kv_bytes_per_block(config: &ModelConfig, dtype: KvDtype) -> usize {
         let shape = KvShape {
             layers: config.layers,
             blocks: 1,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
         };
-        shape.elements() * size_of::<f32>()
+        shape.elements() * DType::from(dtype).size_in_bytes()
     }
 
     /// Bytes of the activation arena.
@@ -114,13 +120,14 @@ impl Llama {
             let copy = BlockCopy { shape: self.kv_shape, copies: &inputs.block_copies };
             self.kv.inplace_op1(&copy)?;
         }
+        let tiles = AttentionTiles::new(inputs, self.config.heads / self.config.kv_heads);
         let table = &self.weights.embed;
         self.arena.inplace_op1(&Embed { table, inputs, sampled, y: views.hidden, pool })?;
         for (index, layer) in self.weights.layers.iter().enumerate() {
             // The feed-forward of the layer before is still to be added.
             let residual = (index > 0).then_some(views.projected);
             self.norm(residual, &layer.attn_norm, rows)?;
-            self.attention(index, layer, inputs)?;
+            self.attention(index, layer, inputs, &tiles)?;
             self.norm(Some(views.projected), &layer.ffn_norm, rows)?;
             self.feed_forward(layer, rows)?;
         }
@@ -155,7 +162,13 @@ impl Llama {
         })
     }
 
-    fn attention(&self, index: usize, layer: &LayerWeights, inputs: &StepInputs) -> Result<()> {
+    fn attention(
+        &self,
+        index: usize,
+        layer: &LayerWeights,
+        inputs: &StepInputs,
+        tiles: &AttentionTiles,
+    ) -> Result<()> {
         let (config, views, rows) = (&self.config, &self.views, inputs.tokens());
         self.linear(&layer.qkv, layer.qkv_bias.as_deref(), views.normed, views.qkv, rows)?;
         self.arena.inplace_op1(&Rope {
@@ -175,6 +188,7 @@ impl Llama {
             qkv: views.qkv,
             heads: config.heads,
             inputs,
+            pool: &self.pool,
         };
         self.kv.inplace_op2(&self.arena, &write)?;
         let attention = Attention {
@@ -185,6 +199,7 @@ impl Llama {
             y: views.attended,
             window: config.sliding_window,
             inputs,
+            tiles,
             pool: &self.pool,
         };
         self.arena.inplace_op2(&self.kv, &attention)?;

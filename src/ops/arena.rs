@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, Layout, Result, bail};
 
 use super::CpuPool;
 
-/// Elements below which an op is not worth waking threads for.
-const PARALLEL_ELEMENTS_MIN: usize = 16 * 1024;
+/// Elements that a thread takes at once; fewer are not worth waking another.
+const GRAIN_ELEMENTS: usize = 8 * 1024;
 
 /// The f32 elements of a contiguous tensor.
 pub fn f32_mut<'a>(
@@ -28,25 +28,25 @@ pub fn f32_ref<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> Result
 }
 
 /// A slice whose disjoint parts are written by several threads.
-pub struct Shared {
-    data: *mut f32,
+pub struct Shared<T> {
+    data: *mut T,
     len: usize,
 }
 
 // SAFETY: `part` is only called for disjoint ranges, as its contract says.
-unsafe impl Sync for Shared {}
+unsafe impl<T: Send> Sync for Shared<T> {}
 
-impl Shared {
-    pub fn new(data: &mut [f32]) -> Self {
+impl<T> Shared<T> {
+    pub fn new(data: &mut [T]) -> Self {
         Self { data: data.as_mut_ptr(), len: data.len() }
     }
 
     /// A part of the slice.
     ///
     /// # Safety
-    /// No other live part may overlap it unless both are only read.
+    /// The slice still lives, and no other live part may overlap this one unless both are only read.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn part(&self, offset: usize, len: usize) -> &mut [f32] {
+    pub unsafe fn part(&self, offset: usize, len: usize) -> &mut [T] {
         assert!(offset + len <= self.len, "{offset} + {len} of {}", self.len);
         // SAFETY: inside the slice; not aliased, by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.data.wrapping_add(offset), len) }
@@ -55,11 +55,8 @@ impl Shared {
 
 /// Calls `row` for `0 .. rows`, over the threads when there is enough work.
 pub fn for_rows(pool: &CpuPool, rows: usize, row_elements: usize, row: &(dyn Fn(usize) + Sync)) {
-    let threads = pool.threads();
-    if rows < 2 || rows * row_elements < PARALLEL_ELEMENTS_MIN {
-        return (0..rows).for_each(row);
-    }
-    pool.run(&|part| (rows * part / threads..rows * (part + 1) / threads).for_each(row));
+    let grain = (GRAIN_ELEMENTS / row_elements.max(1)).max(1);
+    pool.each(rows, grain, &|rows| rows.for_each(row));
 }
 
 /// Compiles a body for each instruction set and picks one at run time. The body must be
@@ -96,7 +93,8 @@ pub fn exp(x: f32) -> f32 {
     let clamped = if clamped < 88.0 { clamped } else { 88.0 };
     // Adding and subtracting 1.5 * 2^23 rounds to an integer.
     let magic = 12_582_912.0f32;
-    let n = clamped.mul_add(std::f32::consts::LOG2_E, magic) - magic;
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, magic);
+    let n = shifted - magic;
     let r = n.mul_add(-0.693_359_4, clamped);
     let r = n.mul_add(2.121_944_4e-4, r);
     let mut p = 1.987_569_1e-4f32;
@@ -104,6 +102,30 @@ pub fn exp(x: f32) -> f32 {
         p = p.mul_add(r, c);
     }
     let p = (p * r).mul_add(r, r) + 1.0;
-    let scale = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    // The low bits of `shifted` are the integer; the others leave at the top.
+    let scale = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     if x < -87.0 { 0.0 } else { p * scale }
+}
+
+/// The sum of 16 lanes, in pairs of halves.
+#[inline(always)]
+pub fn lane_sum(mut lanes: [f32; 16]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+    }
+    lanes[0]
+}
+
+/// The largest of 16 lanes that compare.
+#[inline(always)]
+pub fn lane_max(mut lanes: [f32; 16]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            let other = lanes[lane + half];
+            lanes[lane] = if other > lanes[lane] { other } else { lanes[lane] };
+        }
+    }
+    lanes[0]
 }

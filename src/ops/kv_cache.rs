@@ -1,18 +1,22 @@
 //! The paged KV cache: where K and V of a block lie, the write of new rows, and block copies.
 //!
-//! One f32 tensor. Per layer and block: K as `[kv_heads, head_dim, 16]`, so that the 16 tokens of a
-//! block are the lanes of a register, then V as `[kv_heads, 16, head_dim]`.
+//! One tensor of f32 or f16. Per layer and block: K as `[kv_heads, head_dim, 16]`, so that the 16
+//! tokens of a block are the lanes of a register, then V as `[kv_heads, 16, head_dim]`.
 
-use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result};
+use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, Layout, Result, bail};
+use half::{f16, slice::HalfFloatSliceExt};
 
 use super::{
-    StepInputs, View,
-    arena::{f32_mut, f32_ref},
+    CpuPool, StepInputs, View,
+    arena::{Shared, f32_ref, for_rows},
+    lanes::Element,
     step_inputs::PAD_SLOT,
 };
 
 /// Tokens of one block.
 pub const KV_BLOCK_TOKENS: usize = 16;
+/// Values converted at once.
+const NARROW_VALUES: usize = 64;
 
 /// Shape of the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +51,84 @@ impl KvShape {
     }
 }
 
+/// Element type of the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvDtype {
+    F32,
+    /// Half the memory; K and V are rounded to 11 bits, and to at most 65504 in size.
+    F16,
+}
+
+impl From<KvDtype> for DType {
+    fn from(dtype: KvDtype) -> Self {
+        match dtype {
+            KvDtype::F32 => Self::F32,
+            KvDtype::F16 => Self::F16,
+        }
+    }
+}
+
+/// An element of the cache.
+pub trait KvElement: Element {
+    /// The elements of a contiguous tensor.
+    fn slice<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [Self]>;
+    fn slice_mut<'a>(
+        op: &str,
+        storage: &'a mut CpuStorage,
+        layout: &Layout,
+    ) -> Result<&'a mut [Self]>;
+    /// Rounds to nearest, ties to even, and keeps what is finite finite.
+    fn narrow(from: &[f32], to: &mut [Self]);
+    const ZERO: Self;
+}
+
+macro_rules! kv_element {
+    ($type:ty, $variant:ident, $zero:expr, |$from:ident, $to:ident| $narrow:expr) => {
+        impl KvElement for $type {
+            const ZERO: Self = $zero;
+
+            fn slice<'a>(op: &str, storage: &'a CpuStorage, at: &Layout) -> Result<&'a [Self]> {
+                match storage {
+                    CpuStorage::$variant(data) if whole(at) => Ok(data),
+                    _ => bail!("{op} wants a contiguous cache of {}", stringify!($type)),
+                }
+            }
+
+            fn slice_mut<'a>(
+                op: &str,
+                storage: &'a mut CpuStorage,
+                at: &Layout,
+            ) -> Result<&'a mut [Self]> {
+                match storage {
+                    CpuStorage::$variant(data) if whole(at) => Ok(data),
+                    _ => bail!("{op} wants a contiguous cache of {}", stringify!($type)),
+                }
+            }
+
+            fn narrow($from: &[f32], $to: &mut [Self]) {
+                $narrow
+            }
+        }
+    };
+}
+
+kv_element!(f32, F32, 0.0, |from, to| to.copy_from_slice(from));
+kv_element!(f16, F16, f16::ZERO, |from, to| {
+    let (least, most) = (f16::MIN.to_f32_const(), f16::MAX.to_f32_const());
+    let mut bounded = [0f32; NARROW_VALUES];
+    for (from, to) in from.chunks(NARROW_VALUES).zip(to.chunks_mut(NARROW_VALUES)) {
+        let bounded = &mut bounded[..from.len()];
+        for (bounded, value) in bounded.iter_mut().zip(from) {
+            *bounded = value.clamp(least, most);
+        }
+        to.convert_from_f32_slice(bounded);
+    }
+});
+
+fn whole(layout: &Layout) -> bool {
+    layout.is_contiguous() && layout.start_offset() == 0
+}
+
 /// Writes k and v of the step's rows; padding rows write nothing. First tensor: the cache; second:
 /// the arena.
 pub struct KvWrite<'a> {
@@ -56,6 +138,7 @@ pub struct KvWrite<'a> {
     pub qkv: View,
     pub heads: usize,
     pub inputs: &'a StepInputs,
+    pub pool: &'a CpuPool,
 }
 
 impl InplaceOp2 for KvWrite<'_> {
@@ -70,26 +153,47 @@ impl InplaceOp2 for KvWrite<'_> {
         arena: &CpuStorage,
         arena_layout: &Layout,
     ) -> Result<()> {
-        let cache = f32_mut("kv_write", cache, cache_layout)?;
         let arena = f32_ref("kv_write", arena, arena_layout)?;
+        match cache {
+            CpuStorage::F16(_) => {
+                self.write(f16::slice_mut("kv_write", cache, cache_layout)?, arena)
+            }
+            _ => self.write(f32::slice_mut("kv_write", cache, cache_layout)?, arena),
+        }
+        Ok(())
+    }
+}
+
+impl KvWrite<'_> {
+    fn write<E: KvElement>(&self, cache: &mut [E], arena: &[f32]) {
         let (shape, dim) = (self.shape, self.shape.head_dim);
-        for (row, &slot) in self.inputs.slot_mapping.iter().enumerate() {
+        let cache = Shared::new(cache);
+        for_rows(self.pool, self.inputs.tokens(), self.qkv.cols, &|row| {
+            let slot = self.inputs.slot_mapping[row];
             if slot == PAD_SLOT {
-                continue;
+                return;
             }
             let (block, token) = (slot as usize / KV_BLOCK_TOKENS, slot as usize % KV_BLOCK_TOKENS);
             let from = self.qkv.offset + row * self.qkv.cols + self.heads * dim;
             for head in 0..shape.kv_heads {
                 let k = &arena[from + head * dim..][..dim];
-                let place = &mut cache[shape.k(self.layer, block, head)..][..shape.head_elements()];
-                for (index, value) in k.iter().enumerate() {
-                    place[index * KV_BLOCK_TOKENS + token] = *value;
+                let place = shape.k(self.layer, block, head) + token;
+                let mut narrow = [E::ZERO; NARROW_VALUES];
+                for (part, k) in k.chunks(NARROW_VALUES).enumerate() {
+                    E::narrow(k, &mut narrow[..k.len()]);
+                    for (index, value) in narrow[..k.len()].iter().enumerate() {
+                        let index = part * NARROW_VALUES + index;
+                        // SAFETY: no two rows of a step have the same slot.
+                        let place = unsafe { cache.part(place + index * KV_BLOCK_TOKENS, 1) };
+                        place[0] = *value;
+                    }
                 }
                 let v = &arena[from + (shape.kv_heads + head) * dim..][..dim];
-                cache[shape.v(self.layer, block, head) + token * dim..][..dim].copy_from_slice(v);
+                let place = shape.v(self.layer, block, head) + token * dim;
+                // SAFETY: as above.
+                E::narrow(v, unsafe { cache.part(place, dim) });
             }
-        }
-        Ok(())
+        });
     }
 }
 
@@ -105,7 +209,16 @@ impl InplaceOp1 for BlockCopy<'_> {
     }
 
     fn cpu_fwd(&self, cache: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let cache = f32_mut("block_copy", cache, layout)?;
+        match cache {
+            CpuStorage::F16(_) => self.copy(f16::slice_mut("block_copy", cache, layout)?),
+            _ => self.copy(f32::slice_mut("block_copy", cache, layout)?),
+        }
+        Ok(())
+    }
+}
+
+impl BlockCopy<'_> {
+    fn copy<E: KvElement>(&self, cache: &mut [E]) {
         for &(from, to) in self.copies {
             for layer in 0..self.shape.layers {
                 let from = self.shape.k(layer, from as usize, 0);
@@ -113,6 +226,71 @@ impl InplaceOp1 for BlockCopy<'_> {
                 cache.copy_within(from..from + self.shape.block_elements(), to);
             }
         }
-        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{lanes, lanes::Lanes};
+
+    #[test]
+    fn narrowing_is_to_the_nearest_and_stays_finite() {
+        let check = |value: f32, expected: f32| {
+            let mut out = [f16::ZERO];
+            f16::narrow(&[value], &mut out);
+            assert_eq!(out[0].to_f32_const(), expected, "{value}");
+        };
+        let finite = (0..=u16::MAX).map(f16::from_bits).filter(|half| half.is_finite());
+        let mut finite: Vec<f32> = finite.map(f16::to_f32_const).collect();
+        finite.sort_by(f32::total_cmp);
+        for pair in finite.windows(2) {
+            let middle = (pair[0] + pair[1]) / 2.0;
+            check(pair[0], pair[0]);
+            check(middle.next_down(), if pair[0] == pair[1] { pair[1] } else { pair[0] });
+            check(middle.next_up(), pair[1]);
+        }
+        for (value, expected) in [
+            (65504.0, 65504.0),
+            (65519.0, 65504.0),
+            (65520.0, 65504.0),
+            (1e30, 65504.0),
+            (f32::INFINITY, 65504.0),
+            (f32::NEG_INFINITY, -65504.0),
+            (2049.0, 2048.0),
+            (2051.0, 2052.0),
+            (1e-30, 0.0),
+        ] {
+            check(value, expected);
+        }
+        let mut out = [f16::ZERO];
+        f16::narrow(&[f32::NAN], &mut out);
+        assert!(out[0].is_nan());
+    }
+
+    lanes::for_isa! {
+        fn widen_all[](from: &[f16], to: &mut [f32]) = widen_body
+    }
+
+    #[inline(always)]
+    unsafe fn widen_body<L: Lanes>(from: &[f16], to: &mut [f32]) {
+        let (from, to) = (from.as_chunks::<16>().0, to.as_chunks_mut::<16>().0);
+        for (from, to) in from.iter().zip(to) {
+            // SAFETY: 16 elements each.
+            unsafe { L::store(to.as_mut_ptr(), f16::load::<L>(from.as_ptr())) };
+        }
+    }
+
+    #[test]
+    fn every_isa_widens_every_finite_f16_exactly() {
+        let from: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        for isa in crate::ops::simd::available() {
+            let mut to = vec![0f32; from.len()];
+            widen_all(isa, &from, &mut to);
+            for (from, to) in from.iter().zip(to) {
+                let expected = from.to_f32_const();
+                assert!(!from.is_finite() || to.to_bits() == expected.to_bits(), "{from:?}: {to}");
+            }
+        }
     }
 }

@@ -10,21 +10,23 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Result, bail};
 
 use super::{
     CpuPool, View,
-    simd::{self, Isa, QuantX},
+    arena::Shared,
+    simd::{self, Isa},
+    tile::{self, GroupX, QuantX},
     weight::{GROUP, PackedWeight, Segment, SegmentKind, TILE},
 };
 
 /// Rows from which quantising is spread over the threads.
 const PARALLEL_ROWS_MIN: usize = 4;
+/// Tiles that a thread takes at once for one row; with more rows it takes fewer.
+const GRAIN_TILES: usize = 8;
 
 /// Quantised activations, allocated once.
 pub struct LinearScratch(Mutex<Quantised>);
 
 struct Quantised {
-    q: Vec<i8>,
-    scale: Vec<f32>,
-    /// Sums of `q` over halves of a group.
-    sums: Vec<i32>,
+    q: Vec<i16>,
+    groups: Vec<GroupX>,
 }
 
 impl LinearScratch {
@@ -32,9 +34,8 @@ impl LinearScratch {
     pub fn new(rows_max: usize, k_max: usize) -> Self {
         let groups = rows_max * k_max.div_ceil(GROUP);
         Self(Mutex::new(Quantised {
-            q: vec![0; groups * GROUP * 2],
-            scale: vec![0.0; groups],
-            sums: vec![0; groups * 2],
+            q: vec![0; groups * GROUP],
+            groups: vec![GroupX::default(); groups],
         }))
     }
 }
@@ -73,25 +74,22 @@ impl Linear<'_> {
         if self.rows == 0 {
             return Ok(());
         }
-        let arena = arena.as_mut_ptr();
-        // SAFETY: `x` lies inside the arena and nothing writes to it below.
-        let x = unsafe { std::slice::from_raw_parts(arena.wrapping_add(x.start), self.rows * k) };
-        // The parts of `run` write disjoint columns of `y`.
-        let y = Out { data: arena.wrapping_add(y.start), stride: n };
+        let arena = Shared::new(arena);
+        // SAFETY: nothing writes to `x` below.
+        let x: &[f32] = unsafe { arena.part(x.start, x.len()) };
         let mut scratch = self.scratch.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if self.weight.segments.iter().any(|one| matches!(one.kind, SegmentKind::Quant(_))) {
             self.quantise(isa, x, &mut scratch);
         }
         let quantised: &Quantised = &scratch;
         let tiles: usize = self.weight.segments.iter().map(|one| one.rows.div_ceil(TILE)).sum();
-        let threads = self.pool.threads();
-        self.pool.run(&|part| {
-            let (from, to) = (tiles * part / threads, tiles * (part + 1) / threads);
+        let grain = (GRAIN_TILES / self.rows).max(1);
+        self.pool.each(tiles, grain, &|tiles| {
             let mut first = 0;
             for segment in &self.weight.segments {
                 let count = segment.rows.div_ceil(TILE);
-                for tile in from.max(first)..to.min(first + count) {
-                    self.tile(isa, segment, tile - first, x, quantised, &y);
+                for tile in tiles.start.max(first)..tiles.end.min(first + count) {
+                    self.tile(isa, segment, tile - first, x, quantised, &arena);
                 }
                 first += count;
             }
@@ -102,30 +100,15 @@ impl Linear<'_> {
     fn quantise(&self, isa: Isa, x: &[f32], scratch: &mut Quantised) {
         let k = self.weight.k();
         let groups = k / GROUP;
-        let (q, scale, sums) = (
-            Slot(scratch.q.as_mut_ptr()),
-            Slot(scratch.scale.as_mut_ptr()),
-            Slot(scratch.sums.as_mut_ptr()),
-        );
-        assert!(scratch.q.len() >= self.rows * k * 2, "scratch for {} rows of {k}", self.rows);
-        let rows = |from: usize, to: usize| {
-            for row in from..to {
-                // SAFETY: rows are disjoint and inside the buffers, as asserted above.
-                let (q, scale, sums) = unsafe {
-                    (
-                        std::slice::from_raw_parts_mut(q.at(row * k * 2), k * 2),
-                        std::slice::from_raw_parts_mut(scale.at(row * groups), groups),
-                        std::slice::from_raw_parts_mut(sums.at(row * groups * 2), groups * 2),
-                    )
-                };
-                simd::quantise_row(isa, &x[row * k..(row + 1) * k], q, scale, sums);
+        let (q, about) = (Shared::new(&mut scratch.q), Shared::new(&mut scratch.groups));
+        let grain = if self.rows < PARALLEL_ROWS_MIN { self.rows } else { 1 };
+        self.pool.each(self.rows, grain, &|rows| {
+            for row in rows {
+                // SAFETY: rows are disjoint.
+                let (q, about) = unsafe { (q.part(row * k, k), about.part(row * groups, groups)) };
+                tile::quantise_row(isa, &x[row * k..(row + 1) * k], q, about);
             }
-        };
-        if self.rows < PARALLEL_ROWS_MIN {
-            return rows(0, self.rows);
-        }
-        let threads = self.pool.threads();
-        self.pool.run(&|part| rows(self.rows * part / threads, self.rows * (part + 1) / threads));
+        });
     }
 
     /// One tile of outputs for all rows.
@@ -136,7 +119,7 @@ impl Linear<'_> {
         tile: usize,
         x: &[f32],
         quantised: &Quantised,
-        y: &Out,
+        arena: &Shared<f32>,
     ) {
         let k = self.weight.k();
         let data = &segment.data.bytes()[tile * segment.tile_bytes..][..segment.tile_bytes];
@@ -144,21 +127,19 @@ impl Linear<'_> {
         let lanes = TILE.min(segment.first + segment.rows - first);
         let mut row = 0;
         while row < self.rows {
-            let mut sums = [[0f32; TILE]; simd::ROWS_MAX];
-            let count = simd::row_block(self.rows - row);
+            let mut sums = [[0f32; TILE]; tile::ROWS_MAX];
+            let count = tile::row_block(isa, self.rows - row);
             match segment.kind {
                 SegmentKind::Dense(dtype) => {
-                    simd::dense_tile(isa, dtype, data, k, &x[row * k..], count, &mut sums);
+                    tile::dense_tile(isa, dtype, data, k, &x[row * k..], count, &mut sums);
                 }
                 SegmentKind::Quant(spec) => {
-                    let groups = k / GROUP;
                     let x = QuantX {
-                        q: &quantised.q[row * k * 2..(row + count) * k * 2],
-                        scale: &quantised.scale[row * groups..(row + count) * groups],
-                        sums: &quantised.sums[row * groups * 2..(row + count) * groups * 2],
+                        q: &quantised.q[row * k..],
+                        groups: &quantised.groups[row * (k / GROUP)..],
                         k,
                     };
-                    simd::quant_tile(isa, spec, data, x, count, &mut sums);
+                    tile::quant_tile(isa, spec, data, x, count, &mut sums);
                 }
             }
             for (index, sum) in sums[..count].iter_mut().enumerate() {
@@ -168,34 +149,13 @@ impl Linear<'_> {
                     }
                 }
                 // SAFETY: columns `first .. first + lanes` of this row belong to this tile alone.
-                unsafe {
-                    let place = y.data.add((row + index) * y.stride + first);
-                    std::ptr::copy_nonoverlapping(sum.as_ptr(), place, lanes);
-                }
+                let y = unsafe {
+                    arena.part(self.y.offset + (row + index) * self.y.cols + first, lanes)
+                };
+                y.copy_from_slice(&sum[..lanes]);
             }
             row += count;
         }
-    }
-}
-
-/// Where a part writes.
-struct Out {
-    data: *mut f32,
-    stride: usize,
-}
-
-// SAFETY: every part writes its own columns only.
-unsafe impl Sync for Out {}
-
-/// A pointer that parts of one region may share.
-struct Slot<T>(*mut T);
-
-// SAFETY: users write disjoint ranges.
-unsafe impl<T> Sync for Slot<T> {}
-
-impl<T> Slot<T> {
-    fn at(&self, index: usize) -> *mut T {
-        self.0.wrapping_add(index)
     }
 }
 

@@ -1,8 +1,12 @@
 //! Threads that share the work of one op. A decode step enters a few hundred parallel regions of
 //! some ten microseconds each, so workers spin for the next region a while before they sleep.
+//!
+//! Threads take units of a region as they come. One that the system has put aside takes none and is
+//! not waited for, so a busy machine costs its share and not a time slice a region.
 
 use std::{
     cell::UnsafeCell,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Condvar, Mutex,
@@ -11,14 +15,26 @@ use std::{
     thread::JoinHandle,
 };
 
-/// Iterations of the spin before a worker sleeps: some tens of microseconds.
+/// Iterations of the spin before a worker sleeps: some hundreds of microseconds.
 const SPINS_MAX: u32 = 20_000;
+/// `state` is the number of the region, whether it is open, and how many workers are inside.
+const REGION_ONE: u64 = 1 << 32;
+const OPEN: u64 = 1 << 31;
+const INSIDE: u64 = OPEN - 1;
 
-type Job = *const (dyn Fn(usize) + Sync);
+type Body = *const (dyn Fn(Range<usize>) + Sync);
+
+#[derive(Clone, Copy)]
+struct Job {
+    body: Body,
+    units: usize,
+    grain: usize,
+}
 
 struct Shared {
-    epoch: AtomicU64,
-    pending: AtomicUsize,
+    state: AtomicU64,
+    /// First unit that nobody has taken.
+    next: AtomicUsize,
     job: UnsafeCell<Option<Job>>,
     stop: AtomicBool,
     panicked: AtomicBool,
@@ -26,14 +42,14 @@ struct Shared {
     wake: Condvar,
 }
 
-// SAFETY: `job` is written only by `run` while no worker reads it (pending is zero), and published
-// by the release store of `epoch`.
+// SAFETY: `job` is written only by `each` while the region is closed and nobody is inside, and read
+// only from inside.
 unsafe impl Sync for Shared {}
-// SAFETY: the raw pointer in `job` is only ever used between `run`'s start and end, while the
-// closure it points to is alive and `Sync`.
+// SAFETY: the raw pointer in `job` is only used inside a region, while the closure it points to is
+// alive and `Sync`.
 unsafe impl Send for Shared {}
 
-/// A fixed set of threads; the caller of [`CpuPool::run`] is one of them.
+/// A fixed set of threads; the caller of [`CpuPool::each`] is one of them.
 pub struct CpuPool {
     shared: Arc<Shared>,
     entry: Mutex<()>,
@@ -44,8 +60,8 @@ impl CpuPool {
     /// A pool that computes on `threads` threads in all (at least one).
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
-            epoch: AtomicU64::new(0),
-            pending: AtomicUsize::new(0),
+            state: AtomicU64::new(0),
+            next: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
@@ -57,52 +73,64 @@ impl CpuPool {
                 let shared = shared.clone();
                 std::thread::Builder::new()
                     .name(format!("candela-op-{index}"))
-                    .spawn(move || work(&shared, index))
+                    .spawn(move || work(&shared))
             })
             .collect::<std::io::Result<_>>()?;
         Ok(Self { shared, entry: Mutex::new(()), workers })
     }
 
-    /// How many threads take part in a [`CpuPool::run`].
+    /// How many threads take part in a [`CpuPool::each`].
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// Calls `part(0)` .. `part(threads - 1)`, each on its own thread, and returns when all are done.
-    /// A panic in any part is raised again here. Must not be called from inside a part.
-    pub fn run(&self, part: &(dyn Fn(usize) + Sync)) {
-        if self.workers.is_empty() {
-            return part(0);
+    /// Calls `body` with ranges of at most `grain` that together are `0 .. units`, each once, on any
+    /// of the threads, and returns when all are done. A panic in any of them is raised again here.
+    /// Must not be called from inside a body.
+    pub fn each(&self, units: usize, grain: usize, body: &(dyn Fn(Range<usize>) + Sync)) {
+        let grain = grain.max(1);
+        if self.workers.is_empty() || units <= grain {
+            if units > 0 {
+                body(0..units);
+            }
+            return;
         }
         let _entry = self.entry.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes; the pointer is not used after this call returns,
-        // because every worker has counted `pending` down by then.
-        let job: Job = unsafe { std::mem::transmute(part as *const (dyn Fn(usize) + Sync)) };
-        // SAFETY: no worker reads `job` while `pending` is zero, and `entry` keeps other callers out.
+        // because the region is closed and empty by then.
+        let body: Body =
+            unsafe { std::mem::transmute(body as *const (dyn Fn(Range<usize>) + Sync)) };
+        let job = Job { body, units, grain };
+        // SAFETY: the region is closed and empty, and `entry` keeps other callers out.
         unsafe { *shared.job.get() = Some(job) };
-        shared.pending.store(self.workers.len(), Ordering::Relaxed);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
+        shared.next.store(0, Ordering::Relaxed);
+        let region =
+            shared.state.load(Ordering::Relaxed).wrapping_add(REGION_ONE) & !(OPEN | INSIDE);
+        shared.state.store(region | OPEN, Ordering::SeqCst);
         if *shared.sleepers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) > 0 {
             shared.wake.notify_all();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| part(0)));
+        // SAFETY: the closure is alive.
+        let own = catch_unwind(AssertUnwindSafe(|| unsafe { take_units(shared, job) }));
+        shared.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0u32;
-        while shared.pending.load(Ordering::Acquire) > 0 {
+        while shared.state.load(Ordering::Acquire) & INSIDE > 0 {
             spins += 1;
             if spins < SPINS_MAX { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
+        let panicked = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(payload) = own {
             resume_unwind(payload);
         }
-        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a part of an op panicked");
+        assert!(!panicked, "a part of an op panicked");
     }
 }
 
 impl Drop for CpuPool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        self.shared.state.fetch_add(REGION_ONE, Ordering::SeqCst);
         drop(self.shared.sleepers.lock());
         self.shared.wake.notify_all();
         for worker in self.workers.drain(..) {
@@ -112,39 +140,66 @@ impl Drop for CpuPool {
     }
 }
 
-fn work(shared: &Shared, index: usize) {
-    let mut seen = 0;
+/// # Safety
+/// The closure of `job` is alive.
+unsafe fn take_units(shared: &Shared, job: Job) {
     loop {
-        seen = next_epoch(shared, seen);
-        if shared.stop.load(Ordering::SeqCst) {
+        let first = shared.next.fetch_add(job.grain, Ordering::Relaxed);
+        if first >= job.units {
             return;
         }
-        // SAFETY: the epoch was read with acquire after `run` wrote `job`; `run` waits for us.
-        let part = unsafe { (*shared.job.get()).map(|job| &*job) };
-        let outcome = catch_unwind(AssertUnwindSafe(|| part.map(|part| part(index))));
-        if outcome.is_err() {
-            shared.panicked.store(true, Ordering::Relaxed);
-        }
-        shared.pending.fetch_sub(1, Ordering::Release);
+        // SAFETY: as the caller promises.
+        unsafe { (*job.body)(first..(first + job.grain).min(job.units)) };
     }
 }
 
-/// Waits until the epoch is past `seen`: spinning first, then asleep.
-fn next_epoch(shared: &Shared, seen: u64) -> u64 {
+fn work(shared: &Shared) {
+    let mut seen = 0;
+    loop {
+        let state = next_region(shared, seen);
+        if shared.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        if state & OPEN == 0 {
+            seen = state / REGION_ONE;
+            continue;
+        }
+        let inside = state + 1;
+        if shared
+            .state
+            .compare_exchange(state, inside, Ordering::AcqRel, Ordering::Relaxed)
+            .is_err()
+        {
+            continue;
+        }
+        seen = state / REGION_ONE;
+        // SAFETY: we are inside: `each` wrote the job before it opened the region, and waits for us.
+        let outcome = catch_unwind(AssertUnwindSafe(|| unsafe {
+            (*shared.job.get()).map(|job| take_units(shared, job))
+        }));
+        if outcome.is_err() {
+            shared.panicked.store(true, Ordering::Relaxed);
+        }
+        shared.state.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Waits until there is another region than `seen`: spinning first, then asleep.
+fn next_region(shared: &Shared, seen: u64) -> u64 {
     for _ in 0..SPINS_MAX {
-        let epoch = shared.epoch.load(Ordering::Acquire);
-        if epoch != seen {
-            return epoch;
+        let state = shared.state.load(Ordering::Acquire);
+        if state / REGION_ONE != seen {
+            return state;
         }
         std::hint::spin_loop();
     }
     let mut sleepers = shared.sleepers.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     *sleepers += 1;
     loop {
-        let epoch = shared.epoch.load(Ordering::SeqCst);
-        if epoch != seen {
+        let state = shared.state.load(Ordering::SeqCst);
+        if state / REGION_ONE != seen {
             *sleepers -= 1;
-            return epoch;
+            return state;
         }
         sleepers = shared.wake.wait(sleepers).unwrap_or_else(|poisoned| poisoned.into_inner());
     }
@@ -155,31 +210,45 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_part_runs_once_per_region_awake_or_asleep() {
+    fn every_unit_runs_once_per_region_awake_or_asleep() {
         let pool = CpuPool::new(3).expect("threads");
-        let counts: [AtomicUsize; 3] = Default::default();
         for round in 0..1_000 {
-            pool.run(&|part| {
-                counts[part].fetch_add(1, Ordering::Relaxed);
+            let (units, grain) = (round % 40, round % 7);
+            let counts: Vec<AtomicUsize> = (0..units).map(|_| AtomicUsize::new(0)).collect();
+            pool.each(units, grain, &|range| {
+                assert!(!range.is_empty() && range.len() <= grain.max(1));
+                for unit in range {
+                    counts[unit].fetch_add(1, Ordering::Relaxed);
+                }
             });
+            assert!(counts.into_iter().all(|count| count.into_inner() == 1), "{round}");
             if round % 250 == 0 {
                 std::thread::sleep(std::time::Duration::from_millis(5));
             }
         }
-        assert_eq!(counts.map(|count| count.into_inner()), [1_000; 3]);
+    }
+
+    #[test]
+    fn all_threads_work_on_a_long_region() {
+        let pool = CpuPool::new(3).expect("threads");
+        // Each unit waits for the others, so that all three threads must be inside at once.
+        let barrier = std::sync::Barrier::new(3);
+        pool.each(3, 1, &|_| {
+            barrier.wait();
+        });
     }
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_survives() {
         let pool = CpuPool::new(2).expect("threads");
-        for culprit in [0, 1] {
-            let run = || pool.run(&|part| assert_ne!(part, culprit));
+        for culprit in [0, 1, 50, 99] {
+            let run = || pool.each(100, 1, &|range| assert_ne!(range.start, culprit));
             assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
         }
         let ran = AtomicUsize::new(0);
-        pool.run(&|_| {
+        pool.each(100, 1, &|_| {
             ran.fetch_add(1, Ordering::Relaxed);
         });
-        assert_eq!(ran.into_inner(), 2);
+        assert_eq!(ran.into_inner(), 100);
     }
 }

@@ -1,13 +1,26 @@
 //! Draws tokens. What a seat draws depends on its logits, its parameters and its own past alone.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Mutex, OnceLock},
+};
 
-use crate::types::{SlotId, TokenId};
+use crate::{
+    ops::{
+        CpuPool,
+        logits::{argmax, largest, sum_exp},
+    },
+    types::{SlotId, TokenId},
+};
 
 use super::{SamplingParams, TokenLogprobs, philox::philox4x32};
 
 /// Below this a temperature means greedy.
 const TEMPERATURE_MIN: f32 = 1e-5;
+/// Up to this many, the largest logits are found in one pass over them.
+const LARGEST_MAX: usize = 256;
+/// How far below the best the candidates for top-p are looked for, before all are taken.
+const NUCLEUS_DEPTHS: [f32; 3] = [6.0, 12.0, f32::INFINITY];
 
 /// A request to draw for one seat.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +45,8 @@ pub struct Sampled {
 pub struct Sampler {
     vocab: usize,
     seats: Vec<Option<Seat>>,
-    logits: Vec<f32>,
+    /// Rows of logits to work on, as many as threads have needed at once.
+    scratch: Mutex<Vec<Vec<f32>>>,
 }
 
 struct Seat {
@@ -44,7 +58,7 @@ struct Seat {
 
 impl Sampler {
     pub fn new(slots: usize, vocab: usize) -> Self {
-        Self { vocab, seats: (0..slots).map(|_| None).collect(), logits: vec![0.0; vocab] }
+        Self { vocab, seats: (0..slots).map(|_| None).collect(), scratch: Mutex::default() }
     }
 
     /// A sequence takes a seat; `output` is what it drew before it was preempted.
@@ -74,19 +88,59 @@ impl Sampler {
         self.seats[slot.0 as usize] = None;
     }
 
-    /// Draws one token per row. `logits` is `[rows, vocab]` and stays as it is.
-    pub fn sample(&mut self, rows: &[SampleRow<'_>], logits: &[f32], out: &mut Vec<Sampled>) {
-        for row in rows {
-            let from = row.logits_row as usize * self.vocab;
-            let raw = &logits[from..from + self.vocab];
-            let seat = self.seats[row.slot.0 as usize].as_mut();
-            let seat = seat.unwrap_or_else(|| panic!("nobody sits in {:?}", row.slot));
-            self.logits.copy_from_slice(raw);
-            let token = draw(seat, &mut self.logits, row);
-            *seat.counts.entry(token).or_insert(0) += 1;
-            let logprobs = seat.params.logprobs.map(|top| token_logprobs(raw, token, top));
-            out.push(Sampled { slot: row.slot, token, logprobs });
+    /// Draws one token per row, of different seats. `logits` is `[rows, vocab]`.
+    pub fn sample(
+        &mut self,
+        pool: &CpuPool,
+        rows: &[SampleRow<'_>],
+        logits: &[f32],
+        out: &mut Vec<Sampled>,
+    ) {
+        let drawn: Vec<OnceLock<Sampled>> = rows.iter().map(|_| OnceLock::new()).collect();
+        pool.each(rows.len(), 1, &|range| {
+            for index in range {
+                // A unit runs once, so that the place is empty.
+                let _ = drawn[index].set(self.sample_row(&rows[index], logits));
+            }
+        });
+        for one in drawn.into_iter().filter_map(OnceLock::into_inner) {
+            if let Some(seat) = &mut self.seats[one.slot.0 as usize] {
+                *seat.counts.entry(one.token).or_insert(0) += 1;
+            }
+            out.push(one);
         }
+    }
+
+    fn sample_row(&self, row: &SampleRow<'_>, logits: &[f32]) -> Sampled {
+        let raw = &logits[row.logits_row as usize * self.vocab..][..self.vocab];
+        let seat = self.seats[row.slot.0 as usize].as_ref();
+        let seat = seat.unwrap_or_else(|| panic!("nobody sits in {:?}", row.slot));
+        let token = if seat.takes_the_best(row) {
+            argmax(raw)
+        } else {
+            let lock = || self.scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut changed = lock().pop().unwrap_or_default();
+            changed.clear();
+            changed.extend_from_slice(raw);
+            let token = draw(seat, &mut changed, row);
+            lock().push(changed);
+            token
+        };
+        let logprobs = seat.params.logprobs.map(|top| token_logprobs(raw, token, top));
+        Sampled { slot: row.slot, token, logprobs }
+    }
+}
+
+impl Seat {
+    /// Nothing changes the logits, and the largest one wins.
+    fn takes_the_best(&self, row: &SampleRow<'_>) -> bool {
+        let SamplingParams { temperature, logit_bias, .. } = &self.params;
+        *temperature < TEMPERATURE_MIN
+            && logit_bias.is_empty()
+            && row.banned.is_empty()
+            && self.params.repetition_penalty == 1.0
+            && self.params.presence_penalty == 0.0
+            && self.params.frequency_penalty == 0.0
     }
 }
 
@@ -137,27 +191,15 @@ fn penalise(seat: &Seat, logits: &mut [f32]) {
 
 /// Top-k, then top-p, then min-p: what falls out becomes minus infinity.
 fn filter(params: &SamplingParams, logits: &mut [f32]) {
-    let by_logit = |a: &f32, b: &f32| b.total_cmp(a);
     let k = params.top_k as usize;
     if k > 0 && k < logits.len() {
-        let mut sorted = logits.to_vec();
-        let (_, bound, _) = sorted.select_nth_unstable_by(k - 1, by_logit);
-        let bound = *bound;
+        let bound = kth_largest(logits, k);
         drop_below(logits, bound);
     }
-    if params.top_p < 1.0 {
-        let mut sorted: Vec<f32> = logits.iter().copied().filter(|l| l.is_finite()).collect();
-        sorted.sort_unstable_by(by_logit);
-        let Some(&top) = sorted.first() else { return };
-        let total: f64 = sorted.iter().map(|l| f64::from(l - top).exp()).sum();
-        let mut mass = 0.0;
-        let kept = sorted.iter().find(|l| {
-            mass += f64::from(**l - top).exp();
-            mass >= f64::from(params.top_p) * total
-        });
-        if let Some(&bound) = kept {
-            drop_below(logits, bound);
-        }
+    if params.top_p < 1.0
+        && let Some(bound) = nucleus(logits, params.top_p)
+    {
+        drop_below(logits, bound);
     }
     if params.min_p > 0.0 {
         let top = logits[argmax(logits) as usize];
@@ -173,13 +215,31 @@ fn drop_below(logits: &mut [f32], bound: f32) {
     }
 }
 
-/// The largest logit; the lowest id among equals, and 0 when nothing compares.
-fn argmax(logits: &[f32]) -> TokenId {
-    let mut best = f32::NEG_INFINITY;
-    for &logit in logits {
-        best = if logit > best { logit } else { best };
+fn kth_largest(logits: &[f32], k: usize) -> f32 {
+    if k <= LARGEST_MAX {
+        return largest(logits, k).last().map_or(f32::NEG_INFINITY, |(_, logit)| *logit);
     }
-    logits.iter().position(|logit| *logit == best).unwrap_or(0) as TokenId
+    let mut sorted = logits.to_vec();
+    *sorted.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+}
+
+/// The least logit of those that together have a share of `top_p`; none if rounding keeps all below.
+fn nucleus(logits: &[f32], top_p: f32) -> Option<f32> {
+    let top = logits[argmax(logits) as usize];
+    if !top.is_finite() {
+        return None;
+    }
+    let wanted = f64::from(top_p) * sum_exp(logits, top);
+    // Few have most of the share, so sorting all is the last resort.
+    NUCLEUS_DEPTHS.into_iter().find_map(|depth| {
+        let mut near: Vec<f32> = logits.iter().copied().filter(|l| top - l <= depth).collect();
+        near.sort_unstable_by(|a, b| b.total_cmp(a));
+        let mut mass = 0.0;
+        near.into_iter().find(|l| {
+            mass += f64::from(l - top).exp();
+            mass >= wanted
+        })
+    })
 }
 
 /// Samples from softmax(logits) as the argmax of logits plus Gumbel noise.
@@ -206,24 +266,10 @@ fn gumbel_argmax(key: [u32; 2], position: u32, logits: &[f32]) -> TokenId {
 /// Log-softmax of raw logits for one token, with the `top` most probable ones, best first.
 pub fn token_logprobs(logits: &[f32], token: TokenId, top: u32) -> TokenLogprobs {
     let best = logits[argmax(logits) as usize];
-    let total: f64 = logits.iter().map(|logit| f64::from(logit - best).exp()).sum();
-    let norm = f64::from(best) + total.ln();
-    let of = |token: TokenId| (f64::from(logits[token as usize]) - norm) as f32;
-    let mut ids: Vec<TokenId> = (0..logits.len() as TokenId).collect();
-    let order = |a: &TokenId, b: &TokenId| {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
-    let count = (top as usize).min(ids.len());
-    if count > 0 {
-        ids.select_nth_unstable_by(count - 1, order);
-    }
-    ids.truncate(count);
-    ids.sort_unstable_by(order);
-    TokenLogprobs {
-        token,
-        logprob: of(token),
-        top: ids.into_iter().map(|id| (id, of(id))).collect(),
-    }
+    let norm = f64::from(best) + sum_exp(logits, best).ln();
+    let of = |logit: f32| (f64::from(logit) - norm) as f32;
+    let top = largest(logits, top as usize).into_iter().map(|(id, logit)| (id, of(logit)));
+    TokenLogprobs { token, logprob: of(logits[token as usize]), top: top.collect() }
 }
 
 /// A mixer of 64 bits (Steele et al., 2014).
@@ -240,6 +286,7 @@ mod tests {
 
     fn draws(params: &SamplingParams, logits: &[f32], count: u32) -> Vec<u32> {
         let mut sampler = Sampler::new(2, logits.len());
+        let pool = CpuPool::new(1).expect("threads");
         let slot = SlotId(1);
         let mut out = Vec::new();
         for seed in 0..count {
@@ -251,7 +298,7 @@ mod tests {
                 &[],
             );
             let row = SampleRow { logits_row: 0, slot, position: 9, banned: &[] };
-            sampler.sample(&[row], logits, &mut out);
+            sampler.sample(&pool, &[row], logits, &mut out);
         }
         out.into_iter().map(|drawn| drawn.token).collect()
     }

@@ -1,14 +1,14 @@
 //! The CPU as a device: a launch computes the step at once and keeps the outcome for `collect`.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::OnceLock};
 
 use crate::{
     clock::Clock,
     model::Llama,
-    sampling::{SampleRow, Sampled, Sampler, token_logprobs},
+    sampling::{SampleRow, Sampled, Sampler, TokenLogprobs, token_logprobs},
 };
 
-use super::{Device, DeviceError, DeviceOutcome, DeviceStep};
+use super::{Device, DeviceError, DeviceOutcome, DeviceStep, ScoreSpec};
 
 /// A model on the CPU and what it keeps per seat.
 pub struct CpuDevice {
@@ -56,18 +56,12 @@ impl CpuDevice {
                 banned: &spec.banned,
             })
             .collect();
-        let vocab = self.model.config().vocab_size;
-        let sampler = &mut self.sampler;
-        let (sampled, scores) = self
-            .model
+        let (sampler, model) = (&mut self.sampler, &self.model);
+        let (sampled, scores) = model
             .with_logits(step.inputs.sample_rows.len(), |logits| {
-                let scores = step.scores.iter().map(|spec| {
-                    let from = spec.logits_row as usize * vocab;
-                    token_logprobs(&logits[from..from + vocab], spec.token, spec.top)
-                });
-                let scores: Vec<_> = scores.collect();
+                let scores = score(model, &step.scores, logits);
                 let mut sampled: Vec<Sampled> = Vec::with_capacity(rows.len());
-                sampler.sample(&rows, logits, &mut sampled);
+                sampler.sample(model.pool(), &rows, logits, &mut sampled);
                 (sampled, scores)
             })
             .map_err(|error| failed(&error))?;
@@ -77,6 +71,21 @@ impl CpuDevice {
         let sampled = sampled.into_iter().map(|drawn| (drawn.token, drawn.logprobs)).collect();
         Ok(DeviceOutcome { sampled, scores, device_ns: self.clock.now_ns() - started_ns })
     }
+}
+
+/// Log-probabilities of given tokens, over the threads.
+fn score(model: &Llama, specs: &[ScoreSpec], logits: &[f32]) -> Vec<TokenLogprobs> {
+    let vocab = model.config().vocab_size;
+    let scores: Vec<OnceLock<TokenLogprobs>> = specs.iter().map(|_| OnceLock::new()).collect();
+    model.pool().each(specs.len(), 1, &|range| {
+        for index in range {
+            let spec = &specs[index];
+            let row = &logits[spec.logits_row as usize * vocab..][..vocab];
+            // A unit runs once, so that the place is empty.
+            let _ = scores[index].set(token_logprobs(row, spec.token, spec.top));
+        }
+    });
+    scores.into_iter().filter_map(OnceLock::into_inner).collect()
 }
 
 impl Device for CpuDevice {
