@@ -21,8 +21,10 @@ pub mod telemetry;
 pub mod admission;
 /// Model ids and paths to files on disk.
 pub mod registry;
-/// Money: decimal USD to integer nano-USD.
+/// Money: decimal USD to integer nano-USD, usage to money.
 pub mod price;
+/// Accounts, budgets, holds and posts: every nano-USD, durable and provable.
+pub mod ledger;
 /// The engine thread: plan, run, commit.
 pub mod engine;
 /// Queues and policy; pure.

@@ -8,6 +8,7 @@ use candela::{
     cli::assemble::{Assembled, EngineSpec, assemble},
     clock::Clock,
     engine::{GenerateRequest, RequestStream, StopParams, StreamEvent},
+    ledger::Lease,
     registry::ModelSource,
     sampling::SamplingParams,
     text::ChatMessage,
@@ -46,7 +47,7 @@ fn submit(model: &Assembled, prompt: Vec<u32>, choices: u32, temperature: f32) -
         stop: StopParams { max_tokens: 24, ..Default::default() },
         prompt_logprobs: None,
     };
-    model.engine.handle.submit(request).expect("submitted")
+    model.engine.handle.submit(request, Lease::unlimited()).expect("submitted")
 }
 
 /// Text and token ids of every choice.
@@ -58,7 +59,7 @@ async fn read(mut stream: RequestStream, choices: usize) -> Vec<(String, Vec<u32
                 out[choice as usize].0.push_str(&text);
                 out[choice as usize].1.extend(tokens.iter().map(|token| token.id));
             }
-            StreamEvent::Done(_) => return out,
+            StreamEvent::Done(..) => return out,
             StreamEvent::Error(error) => panic!("{error}"),
             _ => {}
         }

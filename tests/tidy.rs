@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Top-level modules, and those of this crate that each may name.
-const MAY_KNOW: [(&str, &[&str]); 15] = [
+const MAY_KNOW: [(&str, &[&str]); 16] = [
     ("types", &[]),
     ("clock", &[]),
     ("config", &["types", "price"]),
@@ -15,15 +15,20 @@ const MAY_KNOW: [(&str, &[&str]); 15] = [
     ("sampling", &["types"]),
     ("text", &["types"]),
     ("telemetry", &["engine"]),
-    ("admission", &["types", "clock", "price", "engine"]),
+    ("admission", &["types", "clock", "price", "ledger"]),
+    ("ledger", &["types", "clock", "price"]),
     ("registry", &["types", "price", "model", "text"]),
-    ("engine", &["types", "clock", "scheduler", "cache", "model", "ops", "sampling", "text"]),
+    (
+        "engine",
+        &["types", "clock", "scheduler", "cache", "model", "ops", "sampling", "text", "ledger"],
+    ),
     (
         "api",
         &[
             "types",
             "clock",
             "admission",
+            "ledger",
             "text",
             "registry",
             "price",

@@ -5,9 +5,11 @@ use serde_json::{Value, json};
 
 use crate::{
     engine::{OutputToken, RequestUsage, StreamEvent},
+    ledger::{Bill, EndCause},
+    price::usd,
     sampling::TokenLogprobs,
     text::Tokenizer,
-    types::TokenId,
+    types::{NanoUsd, TokenId},
 };
 
 use super::ApiError;
@@ -59,6 +61,8 @@ pub struct Answer {
     id: String,
     choices: Vec<Choice>,
     usage: RequestUsage,
+    /// One a prompt.
+    bills: Vec<Bill>,
     prompts_done: usize,
     error: Option<String>,
 }
@@ -69,6 +73,8 @@ struct Choice {
     text: String,
     tokens: Vec<OutputToken>,
     finish: Option<&'static str>,
+    /// Where money or a rule of the tenant ended it.
+    stop_cause: Option<EndCause>,
     /// Characters that tokens so far have begun.
     characters: usize,
     echoed: bool,
@@ -80,7 +86,8 @@ impl Answer {
         let id = format!("{prefix}-{}", uuid::Uuid::new_v4().simple());
         let mut choices = Vec::new();
         choices.resize_with(options.prompts * options.choices as usize, Choice::default);
-        Self { options, id, choices, usage: RequestUsage::default(), prompts_done: 0, error: None }
+        let usage = RequestUsage::default();
+        Self { options, id, choices, usage, bills: Vec::new(), prompts_done: 0, error: None }
     }
 
     pub fn model(&self) -> &str {
@@ -138,7 +145,7 @@ impl Answer {
         if self.is_complete() {
             if self.options.include_usage {
                 let mut chunk = self.envelope(json!([]));
-                chunk["usage"] = usage(self.usage);
+                chunk["usage"] = self.usage();
                 chunks.push(chunk.to_string());
             }
             chunks.push("[DONE]".to_owned());
@@ -171,13 +178,15 @@ impl Answer {
                 }
                 index..index + 1
             }
-            StreamEvent::Finish { choice, reason } => {
+            StreamEvent::Finish { choice, reason, cause } => {
                 let index = first + choice as usize;
                 self.echo(prompt, index, None);
                 self.choices[index].finish = Some(reason.as_openai());
+                self.choices[index].stop_cause = cause;
                 index..index + 1
             }
-            StreamEvent::Done(counts) => {
+            StreamEvent::Done(counts, bill) => {
+                self.bills.extend(bill);
                 self.usage.prompt_tokens += counts.prompt_tokens;
                 self.usage.cached_tokens += counts.cached_tokens;
                 self.usage.completion_tokens += counts.completion_tokens;
@@ -214,7 +223,8 @@ impl Answer {
                 let finish = choice.finish;
                 let logprobs =
                     if self.options.logprobs { self.logprobs(index, &tokens) } else { Value::Null };
-                match self.options.shape {
+                let stop_cause = self.choices[index].stop_cause;
+                let mut whole = match self.options.shape {
                     Shape::Chat => json!({
                         "index": index, "logprobs": logprobs, "finish_reason": finish,
                         "message": {"role": "assistant", "content": text, "refusal": null},
@@ -222,12 +232,39 @@ impl Answer {
                     Shape::Completion => json!({
                         "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish,
                     }),
-                }
+                };
+                mark(&mut whole, stop_cause);
+                whole
             })
             .collect();
         let mut whole = self.envelope(choices.into());
-        whole["usage"] = usage(self.usage);
+        whole["usage"] = self.usage();
         whole
+    }
+
+    /// Tokens, and what they cost once that is durable.
+    fn usage(&self) -> Value {
+        let counts = self.usage;
+        let mut usage = json!({
+            "prompt_tokens": counts.prompt_tokens,
+            "completion_tokens": counts.completion_tokens,
+            "total_tokens": counts.prompt_tokens + counts.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+        });
+        if self.bills.len() == self.options.prompts {
+            let sum = |amount: fn(&Bill) -> NanoUsd| {
+                usd::format(NanoUsd(self.bills.iter().map(|bill| amount(bill).0).sum()))
+            };
+            let device_ns: u64 = self.bills.iter().map(|bill| bill.used.device_ns).sum();
+            usage["cost"] = sum(|bill| bill.cost).into();
+            usage["cost_details"] = json!({
+                "token": sum(|bill| bill.token_cost),
+                "gpu": sum(|bill| bill.device_cost),
+                "price_version": self.bills[0].price_version,
+                "gpu_ms": device_ns as f64 / 1e6,
+            });
+        }
+        usage
     }
 
     fn envelope(&self, choices: Value) -> Value {
@@ -251,6 +288,7 @@ impl Answer {
         finish: Option<&str>,
     ) -> String {
         let mut choice = json!({"index": index, "logprobs": logprobs, "finish_reason": finish});
+        mark(&mut choice, self.choices[index].stop_cause.filter(|_| finish.is_some()));
         match self.options.shape {
             Shape::Chat => choice["delta"] = delta,
             Shape::Completion => choice["text"] = text.into(),
@@ -308,6 +346,13 @@ impl Answer {
     }
 }
 
+/// Says beside `finish_reason` what OpenAI has no word for.
+fn mark(choice: &mut Value, stop_cause: Option<EndCause>) {
+    if let Some(cause) = stop_cause {
+        choice["candela"] = json!({"stop_cause": cause.name()});
+    }
+}
+
 fn chat_entry(tokenizer: &Tokenizer, id: TokenId, logprob: f32) -> Value {
     let text = label(tokenizer, id, "");
     let bytes = match tokenizer.token_bytes(id) {
@@ -333,13 +378,4 @@ fn label(tokenizer: &Tokenizer, id: TokenId, prefix: &str) -> String {
         return tokenizer.token_text(id);
     }
     bytes.iter().fold(prefix.to_owned(), |text, byte| text + &format!("\\x{byte:02x}"))
-}
-
-fn usage(usage: RequestUsage) -> Value {
-    json!({
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    })
 }

@@ -20,8 +20,10 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use crate::{
+    admission::Door,
     clock::Clock,
     engine::EngineHandle,
+    ledger::Ledger,
     telemetry::Metrics,
     text::{ChatTemplate, Tokenizer},
     types::ModelId,
@@ -47,7 +49,8 @@ pub struct ServedModel {
 pub struct AppState {
     pub model: ServedModel,
     pub clock: Clock,
-    pub api_key: Option<crate::admission::ApiKey>,
+    pub door: Door,
+    pub ledger: Ledger,
     pub choices_max: u32,
     pub logprobs_top_max: u32,
     /// Longest output of one choice.
@@ -107,18 +110,21 @@ async fn check_size(
     ApiError::too_large().into_response()
 }
 
+/// Finds out who calls; handlers get a [`crate::admission::Caller`].
 async fn check_key(
     State(state): State<Arc<AppState>>,
-    request: axum::extract::Request,
+    mut request: axum::extract::Request,
     next: axum::middleware::Next,
 ) -> Response {
-    let Some(key) = &state.api_key else { return next.run(request).await };
     let given = request.headers().get("authorization").and_then(|value| value.to_str().ok());
-    let given = given.and_then(|value| value.strip_prefix("Bearer "));
-    if given.is_some_and(|given| key.matches(given)) {
-        return next.run(request).await;
+    let given = given.and_then(|value| value.strip_prefix("Bearer ")).map(str::to_owned);
+    match state.door.identify(given.as_deref()).await {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(denied) => ApiError::from(denied).into_response(),
     }
-    ApiError::invalid_key().into_response()
 }
 
 async fn ready(State(state): State<Arc<AppState>>) -> Response {

@@ -4,8 +4,10 @@ use serde_json::{Map, Value};
 
 use crate::{
     engine::StopParams,
+    price::usd,
     sampling::SamplingParams,
     text::{ChatMessage, Tokenizer},
+    types::NanoUsd,
 };
 
 use super::{ApiError, ServedModel, answer::Shape};
@@ -27,7 +29,7 @@ const UNSUPPORTED: [&str; 10] = [
 ];
 
 /// Fields that are read, or that change nothing here.
-const KNOWN: [&str; 35] = [
+const KNOWN: [&str; 36] = [
     "add_generation_prompt",
     "echo",
     "frequency_penalty",
@@ -35,6 +37,7 @@ const KNOWN: [&str; 35] = [
     "logit_bias",
     "logprobs",
     "max_completion_tokens",
+    "max_cost_usd",
     "max_tokens",
     "messages",
     "metadata",
@@ -67,6 +70,8 @@ const KNOWN: [&str; 35] = [
 
 /// What `metadata` may hold, as OpenAI bounds it.
 const METADATA_ENTRIES_MAX: usize = 16;
+/// Longest `user`.
+const USER_BYTES_MAX: usize = 256;
 
 /// A JSON object of a request.
 pub struct Body(Map<String, Value>);
@@ -96,6 +101,31 @@ impl Body {
     pub fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
         let value = self.get(key).map(|v| v.as_bool().ok_or_else(|| wrong(key, "true or false")));
         Ok(value.transpose()?.unwrap_or(default))
+    }
+
+    /// An amount in USD: a decimal string, or a number as it was written.
+    pub fn amount(&self, key: &str) -> Result<Option<NanoUsd>> {
+        let text = match self.get(key) {
+            None => return Ok(None),
+            Some(Value::String(text)) => text.clone(),
+            // Display of a float is the shortest decimal that reads as the same float, which is what
+            // was written unless that had more digits than an amount may have.
+            Some(Value::Number(number)) => number
+                .as_u64()
+                .map_or_else(|| format!("{}", number.as_f64().unwrap_or(-1.0)), |n| n.to_string()),
+            Some(_) => return Err(wrong(key, "an amount in USD, such as \"0.05\"")),
+        };
+        usd::parse(&text).map(Some).map_err(|error| ApiError::invalid(Some(key), error.to_string()))
+    }
+
+    /// The labels that cost is allocated by: `user`, and `metadata` as JSON.
+    pub fn labels(&self) -> Result<(String, String)> {
+        let user = self.text("user")?.unwrap_or_default();
+        if user.len() > USER_BYTES_MAX {
+            return Err(wrong("user", &format!("at most {USER_BYTES_MAX} bytes")));
+        }
+        let metadata = self.get("metadata").map_or_else(|| "{}".to_owned(), Value::to_string);
+        Ok((user.to_owned(), metadata))
     }
 
     pub fn number(&self, key: &str, range: std::ops::RangeInclusive<f64>) -> Result<Option<f32>> {

@@ -6,6 +6,7 @@ mod doctor;
 pub mod logging;
 pub mod machine;
 pub mod net;
+mod open_ledger;
 mod pull;
 mod serve;
 

@@ -8,14 +8,15 @@ use super::{
     assemble::{Assembled, EngineSpec, assemble},
     logging, machine,
     net::{self, DrainHooks, Stopped},
-    pull,
+    open_ledger, pull,
 };
 use crate::{
-    admission::ApiKey,
+    admission::{Anonymous, Door},
     api::{AppState, ServedModel, router},
     clock::Clock,
     config::{Config, KvCacheDtype},
     engine::EngineHandle,
+    price::Prices,
     registry::{BarProgress, DEFAULT_MODEL, Registry},
     telemetry::Metrics,
     types::ModelId,
@@ -42,7 +43,9 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
         // First, so that a taken port is known before a model is fetched and loaded.
         net::bind(SocketAddr::new(config.host, config.port))?
     };
-    let (id, model) = load(&config)?;
+    let (id, model, prices) = load(&config)?;
+    let ledger = open_ledger::open(&config, &id, prices)?;
+    let books = ledger.thread.ledger.clone();
     let engine = model.engine.handle.clone();
     let thread = model.engine.thread;
     let clock = Clock::system();
@@ -56,8 +59,9 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
             engine: engine.clone(),
             context_tokens_max: model.context_tokens_max,
         },
+        door: Door::new(books.clone(), clock.clone(), anonymous(&config)),
+        ledger: books.clone(),
         clock,
-        api_key: config.api_key.as_ref().map(|key| ApiKey::new(key.reveal())),
         choices_max: config.choices_max.min(config.running_seqs_max) as u32,
         logprobs_top_max: config.logprobs_top_max as u32,
         completion_tokens_max: config
@@ -71,10 +75,21 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
     }
     engine.stop();
     let died = thread.join().is_err();
+    // After the engine, whose last requests are settled by it.
+    books.stop();
+    let died = ledger.thread.thread.join().is_err() || died;
     Ok(if died { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled)> {
+fn anonymous(config: &Config) -> Anonymous {
+    match (config.allow_anonymous, config.host.is_loopback(), &config.api_key) {
+        (true, _, None) => Anonymous::Always,
+        (_, true, None) => Anonymous::UntilFirstKey,
+        _ => Anonymous::Never,
+    }
+}
+
+fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled, Option<Prices>)> {
     let registry = Registry::new(pull::registry_options(&config.sources))?;
     let wanted = config.model.as_deref().unwrap_or(DEFAULT_MODEL);
     let resolved = registry.resolve(wanted, &BarProgress::default())?;
@@ -93,7 +108,7 @@ fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled)> {
     };
     let model = assemble(&id, &resolved.source, &spec, Clock::system())
         .with_context(|| format!("loading {wanted}"))?;
-    Ok((id, model))
+    Ok((id, model, resolved.prices))
 }
 
 async fn listen(

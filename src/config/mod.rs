@@ -27,6 +27,13 @@ pub struct Sources {
     pub pip: String,
 }
 
+/// Where the ledger is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LedgerPlace {
+    /// A SQLite file in a directory.
+    Directory(PathBuf),
+}
+
 /// Everything `candela serve` can be told, checked. A part receives the values it needs, never this.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -36,6 +43,9 @@ pub struct Config {
     pub model: Option<String>,
     pub served_model_name: Option<String>,
     pub sources: Sources,
+
+    pub ledger: LedgerPlace,
+    pub lease_outstanding_tokens_max: usize,
 
     pub host: IpAddr,
     pub port: u16,

@@ -66,6 +66,14 @@ settings! {
     #[arg(long, env = "CANDELA_PIP", value_name = "COMMAND", help_heading = "Models")]
     pip: String,
 
+    /// Where the ledger is kept [default: ~/.local/share/candela]
+    #[arg(long, env = "CANDELA_DATA_DIR", value_name = "DIR", help_heading = "Money")]
+    data_dir: PathBuf,
+    /// Output tokens of a sequence that may be delivered before they are on record: what a crash may
+    /// cost [default: 256]
+    #[arg(long, env = "CANDELA_LEASE_OUTSTANDING_TOKENS_MAX", value_name = "TOKENS", help_heading = "Money")]
+    lease_outstanding_tokens_max: u64,
+
     /// Address to listen on; any but a loopback address needs --api-key [default: 127.0.0.1]
     #[arg(long, env = "CANDELA_HOST", value_name = "IP", help_heading = "Server")]
     host: String,

@@ -7,6 +7,7 @@
 pub mod device;
 pub mod handle;
 pub mod inputs;
+mod live;
 pub mod output;
 pub mod request;
 mod run;
@@ -18,6 +19,8 @@ pub use request::{
 };
 pub use run::{EngineOptions, EngineThread, start};
 pub use snapshot::EngineSnapshot;
+
+use crate::ledger::Lease;
 
 /// Everything that can reach an engine thread.
 pub(crate) enum Event {
@@ -31,5 +34,6 @@ pub(crate) enum Event {
 /// A request on its way in, and where its events go.
 pub(crate) struct Submission {
     pub request: GenerateRequest,
+    pub lease: Lease,
     pub events: tokio::sync::mpsc::Sender<StreamEvent>,
 }

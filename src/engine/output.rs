@@ -92,8 +92,8 @@ impl ChoiceOutput {
         piece
     }
 
-    /// Sends what was withheld and ends the choice.
-    fn finish(&mut self, reason: FinishReason) -> Piece {
+    /// Sends what was withheld and ends the choice; a stop string that shows only now says so.
+    pub fn finish(&mut self, reason: FinishReason) -> Piece {
         let tail = self.detokenizer.finish();
         let mut step = self.stops.push(&tail);
         if !step.matched {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
+    ledger::{Bill, EndCause},
     sampling::{SamplingParams, TokenLogprobs},
     types::{FinishReason, RequestId, TokenId},
 };
@@ -41,16 +42,16 @@ pub enum StreamEvent {
     /// Once, before the first delta: entry 0 is `None` (nothing precedes the first token).
     PromptLogprobs(Vec<Option<TokenLogprobs>>),
     /// New text of one choice; never half a character. May be empty when only tokens arrived.
-    Delta {
-        choice: u32,
-        text: String,
-        tokens: Vec<OutputToken>,
-    },
+    Delta { choice: u32, text: String, tokens: Vec<OutputToken> },
     Finish {
         choice: u32,
         reason: FinishReason,
+        /// Present where money or a rule of its tenant ended it.
+        cause: Option<EndCause>,
     },
-    Done(RequestUsage),
+    /// What was used and, once it is durable, what was charged; `None` where the ledger had given the
+    /// request up.
+    Done(RequestUsage, Option<Bill>),
     /// The request ended early; text already sent stays valid.
     Error(RequestError),
 }

@@ -1,6 +1,7 @@
 //! The loop of the engine thread.
 
 use std::{
+    cell::RefCell,
     collections::{HashMap, VecDeque},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -13,11 +14,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::mpsc::Sender;
-
 use crate::{
     cache::BlockKey,
     clock::Clock,
+    ledger::EndCause,
     sampling::TokenLogprobs,
     scheduler::{Limits, Scheduler, SeqSpec, StepPlan},
     text::Tokenizer,
@@ -29,8 +29,8 @@ use super::{
     device::{Device, DeviceError, DeviceOutcome, DeviceStep, SampleSpec, ScoreSpec, SlotBegin},
     handle::{EngineHandle, Shared},
     inputs,
-    output::ChoiceOutput,
-    request::{GenerateRequest, RequestError, RequestUsage, StreamEvent},
+    live::{Live, Lost},
+    request::RequestError,
     snapshot::EngineSnapshot,
 };
 
@@ -100,32 +100,6 @@ pub fn start<D: Device>(
     Ok(EngineThread { handle, thread })
 }
 
-/// A request while any of its choices lives.
-struct Live {
-    request: GenerateRequest,
-    events: Sender<StreamEvent>,
-    choices: Vec<Choice>,
-    usage: RequestUsage,
-    scores: Vec<Option<TokenLogprobs>>,
-    scores_sent: bool,
-    /// When its send buffer was first seen full.
-    full_since_ns: Option<u64>,
-    admitted: bool,
-}
-
-struct Choice {
-    seq: SeqId,
-    output: ChoiceOutput,
-    done: bool,
-}
-
-impl Live {
-    /// Room for all that the steps in flight and one more can send, with the closing events.
-    fn has_room(&self, depth: usize) -> bool {
-        self.events.capacity() >= self.choices.len() * 2 * (depth + 1) + 3
-    }
-}
-
 /// A launched step, and what its results mean.
 struct InFlight {
     plan: StepPlan,
@@ -182,6 +156,7 @@ impl<D: Device> Engine<D> {
         while !self.stopping {
             self.take_events(events, progressed);
             self.reap();
+            self.settle_leases();
             let step = catch_unwind(AssertUnwindSafe(|| self.step()));
             match step {
                 Ok(Ok(moved)) => progressed = moved,
@@ -217,9 +192,18 @@ impl<D: Device> Engine<D> {
     fn plan(&mut self) -> StepPlan {
         let depth = self.options.pipeline_depth;
         let (live, owners) = (&self.live, &self.owners);
+        // Tokens that this plan takes of each request: its choices share one lease, in index order.
+        let taken: RefCell<HashMap<SeqId, u64>> = RefCell::default();
         let payable = |seq: SeqId| {
-            let request = owners.get(&seq).and_then(|(request, _)| live.get(request));
-            usize::from(request.is_some_and(|request| request.has_room(depth)))
+            let Some((owner, _)) = owners.get(&seq) else { return 0 };
+            let Some(request) = live.get(owner).filter(|live| live.has_room(depth)) else {
+                return 0;
+            };
+            let mut taken = taken.borrow_mut();
+            let taken = taken.entry(*owner).or_insert(0);
+            let left = request.lease.affordable().saturating_sub(request.in_flight + *taken);
+            *taken += u64::from(left > 0);
+            usize::from(left > 0)
         };
         let plan = self.scheduler.plan(&payable);
         self.counters.preemptions += plan.preempted.len() as u64;
@@ -250,6 +234,7 @@ impl<D: Device> Engine<D> {
                 row += planned.new_tokens as u32 - 1;
             }
             for target in &planned.samples {
+                self.count_in_flight(target.seq, 1);
                 step.samples.push(SampleSpec {
                     logits_row: row,
                     slot: target.slot,
@@ -263,6 +248,13 @@ impl<D: Device> Engine<D> {
         self.counters.steps += 1;
         self.in_flight.push_back(InFlight { plan, scores });
         Ok(())
+    }
+
+    fn count_in_flight(&mut self, seq: SeqId, tokens: i64) {
+        let owner = self.owners.get(&seq).map(|(owner, _)| *owner);
+        if let Some(live) = owner.and_then(|owner| self.live.get_mut(&owner)) {
+            live.in_flight = live.in_flight.saturating_add_signed(tokens);
+        }
     }
 
     fn slot_begin(&self, seq: SeqId, slot: SlotId) -> Option<SlotBegin> {
@@ -310,13 +302,14 @@ impl<D: Device> Engine<D> {
         self.counters.device_busy_ns += outcome.device_ns;
         for (owner, score) in step.scores.into_iter().zip(outcome.scores) {
             if let Some(live) = self.live.get_mut(&owner) {
-                live.scores.push(Some(score));
+                live.add_score(score);
             }
         }
         let mut drawn = outcome.sampled.into_iter();
         for planned in &step.plan.seqs {
-            self.commit_prompt(planned.seq);
+            self.commit_prompt(planned.seq, planned.first + planned.new_tokens);
             for target in &planned.samples {
+                self.count_in_flight(target.seq, -1);
                 if let Some((token, logprobs)) = drawn.next() {
                     self.commit_token(target.seq, token, logprobs);
                 }
@@ -324,24 +317,11 @@ impl<D: Device> Engine<D> {
         }
     }
 
-    /// Sends the prompt's log-probabilities once complete, and ends a request that wants no more.
-    fn commit_prompt(&mut self, seq: SeqId) {
+    /// Rows up to `end` are computed; ends a request that wants no output.
+    fn commit_prompt(&mut self, seq: SeqId, end: usize) {
         let Some(&(owner, _)) = self.owners.get(&seq) else { return };
         let Some(live) = self.live.get_mut(&owner) else { return };
-        let prompt_done = self
-            .scheduler
-            .get(seq)
-            .is_some_and(|sequence| sequence.computed >= live.request.prompt.len());
-        if live.request.prompt_logprobs.is_some()
-            && !live.scores_sent
-            && live.scores.len() == live.request.prompt.len()
-        {
-            live.scores_sent = true;
-            let scores = std::mem::take(&mut live.scores);
-            // A closed channel is found by `reap`; room was kept by `has_room`.
-            let _ = live.events.try_send(StreamEvent::PromptLogprobs(scores));
-        }
-        if live.request.stop.max_tokens == 0 && prompt_done {
+        if live.commit_prompt(end) {
             for seq in live.choices.iter().map(|choice| choice.seq).collect::<Vec<_>>() {
                 self.finish(seq, FinishReason::Length);
             }
@@ -357,17 +337,8 @@ impl<D: Device> Engine<D> {
         let Some(live) = self.live.get_mut(&owner) else { return };
         let ends = self.options.eos_token_ids.contains(&token);
         let silent = self.tokenizer.is_special(token);
-        let choice = &mut live.choices[index];
-        let piece = choice.output.push(token, logprobs, ends, silent);
-        live.usage.completion_tokens += 1;
         self.counters.generation_tokens += 1;
-        let wants_tokens = live.request.sampling.logprobs.is_some() && !piece.tokens.is_empty();
-        if !piece.text.is_empty() || wants_tokens {
-            let delta =
-                StreamEvent::Delta { choice: index as u32, text: piece.text, tokens: piece.tokens };
-            let _ = live.events.try_send(delta);
-        }
-        if let Some(reason) = piece.finish {
+        if let Some(reason) = live.commit_token(index, token, logprobs, ends, silent) {
             self.finish(seq, reason);
         }
     }
@@ -376,27 +347,43 @@ impl<D: Device> Engine<D> {
     fn finish(&mut self, seq: SeqId, reason: FinishReason) {
         self.scheduler.finish(seq);
         let Some((owner, index)) = self.owners.remove(&seq) else { return };
-        self.count_finish(reason);
+        *self.counters.finished(reason) += 1;
         let Some(live) = self.live.get_mut(&owner) else { return };
-        live.choices[index].done = true;
-        let _ = live.events.try_send(StreamEvent::Finish { choice: index as u32, reason });
-        if live.choices.iter().all(|choice| choice.done)
+        live.finish(index, reason);
+        self.close_if_done(owner);
+    }
+
+    fn close_if_done(&mut self, owner: SeqId) {
+        if self.live.get(&owner).is_some_and(Live::is_done)
             && let Some(live) = self.live.remove(&owner)
         {
-            self.counters.prompt_tokens += u64::from(live.usage.prompt_tokens);
-            let _ = live.events.try_send(StreamEvent::Done(live.usage));
+            self.counters.prompt_tokens += live.prompt_tokens();
+            live.close();
         }
     }
 
-    fn count_finish(&mut self, reason: FinishReason) {
-        let counter = match reason {
-            FinishReason::Eos => &mut self.counters.finished_eos,
-            FinishReason::StopString => &mut self.counters.finished_stop,
-            FinishReason::Length => &mut self.counters.finished_length,
-            FinishReason::Abort => &mut self.counters.finished_abort,
-            FinishReason::Error => &mut self.counters.finished_error,
-        };
-        *counter += 1;
+    /// Renews leases that run low, and ends requests whose money has ended.
+    fn settle_leases(&mut self) {
+        let mut ended = Vec::new();
+        for (owner, live) in &mut self.live {
+            live.lease.renew(live.live_sequences(), live.in_flight);
+            if let Some(cause) = live.lease.end(live.in_flight) {
+                ended.push((*owner, cause));
+            }
+        }
+        for (owner, cause) in ended {
+            let Some(live) = self.live.get_mut(&owner) else { continue };
+            let choices = live.choices.iter().enumerate().filter(|(_, choice)| !choice.done);
+            let seqs: Vec<(usize, SeqId)> = choices.map(|(index, one)| (index, one.seq)).collect();
+            // From the last choice, so that no sibling inherits the prompt only to be dropped next.
+            for (index, seq) in seqs.into_iter().rev() {
+                let reason = live.cut(index, cause);
+                self.scheduler.finish(seq);
+                self.owners.remove(&seq);
+                *self.counters.finished(reason) += 1;
+            }
+            self.close_if_done(owner);
+        }
     }
 
     /// Ends a whole request early.
@@ -405,16 +392,18 @@ impl<D: Device> Engine<D> {
         if !live.admitted {
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         }
-        self.counters.prompt_tokens += u64::from(live.usage.prompt_tokens);
+        self.counters.prompt_tokens += live.prompt_tokens();
         // From the last choice, so that no sibling inherits the prompt only to be dropped next.
         for choice in live.choices.iter().rev().filter(|choice| !choice.done) {
             self.scheduler.finish(choice.seq);
             self.owners.remove(&choice.seq);
-            self.count_finish(reason);
+            *self.counters.finished(reason) += 1;
         }
-        if let Some(error) = error {
-            let _ = live.events.try_send(StreamEvent::Error(error));
-        }
+        let cause = match reason {
+            FinishReason::Error => EndCause::Failed,
+            _ => EndCause::Aborted,
+        };
+        live.abort(cause, error);
     }
 
     fn abort_all(&mut self, error: &RequestError, reason: FinishReason) {
@@ -428,14 +417,15 @@ impl<D: Device> Engine<D> {
         let now_ns = self.clock.now_ns();
         let stall_max_ns = self.options.client_stall_max.as_nanos() as u64;
         let mut ended = Vec::new();
+        let depth = self.options.pipeline_depth;
         for (owner, live) in &mut self.live {
-            if live.events.is_closed() {
-                ended.push((*owner, None));
-            } else if live.has_room(self.options.pipeline_depth) {
-                live.full_since_ns = None;
-            } else if now_ns - *live.full_since_ns.get_or_insert(now_ns) > stall_max_ns {
-                let stall_s = self.options.client_stall_max.as_secs();
-                ended.push((*owner, Some(RequestError::ReaderStalled(stall_s))));
+            match live.is_lost(depth, now_ns, stall_max_ns) {
+                Some(Lost::Gone) => ended.push((*owner, None)),
+                Some(Lost::Stalled) => {
+                    let stall_s = self.options.client_stall_max.as_secs();
+                    ended.push((*owner, Some(RequestError::ReaderStalled(stall_s))));
+                }
+                None => {}
             }
         }
         for (owner, error) in ended {
@@ -467,39 +457,21 @@ impl<D: Device> Engine<D> {
     }
 
     fn accept(&mut self, submission: Submission) {
-        let Submission { request, events } = submission;
         let first = self.next_seq;
-        self.next_seq += u64::from(request.choices.max(1));
+        self.next_seq += u64::from(submission.request.choices.max(1));
         let seqs: Vec<SeqId> = (first..self.next_seq).map(SeqId).collect();
         let owner = seqs[0];
         for (index, seq) in seqs.iter().enumerate() {
             self.owners.insert(*seq, (owner, index));
         }
+        let live = Live::new(submission, &seqs, &self.tokenizer);
         self.scheduler.add(SeqSpec {
-            choices: seqs.clone(),
-            prompt: request.prompt.clone(),
-            max_tokens: request.stop.max_tokens as usize,
-            score_prompt: request.prompt_logprobs.is_some(),
+            choices: seqs,
+            prompt: live.request.prompt.clone(),
+            max_tokens: live.request.stop.max_tokens as usize,
+            score_prompt: live.request.prompt_logprobs.is_some(),
             root: BlockKey::root(self.options.model.as_str(), 0, &[]),
         });
-        let choices = seqs.into_iter().map(|seq| Choice {
-            seq,
-            output: ChoiceOutput::new(&self.tokenizer, request.stop.clone()),
-            done: false,
-        });
-        let usage =
-            RequestUsage { prompt_tokens: request.prompt.len() as u32, ..RequestUsage::default() };
-        let live = Live {
-            choices: choices.collect(),
-            events,
-            usage,
-            // Nothing precedes the first token, so it has no probability.
-            scores: vec![None],
-            scores_sent: false,
-            full_since_ns: None,
-            admitted: false,
-            request,
-        };
         self.live.insert(owner, live);
     }
 

@@ -1,0 +1,196 @@
+//! A request while any of its choices lives: its stream, its lease, its outputs.
+
+use tokio::sync::mpsc::Sender;
+
+use super::{
+    Submission,
+    output::{ChoiceOutput, Piece},
+    request::{GenerateRequest, RequestError, RequestUsage, StreamEvent},
+};
+use crate::{
+    ledger::{EndCause, Lease},
+    sampling::TokenLogprobs,
+    text::Tokenizer,
+    types::{FinishReason, SeqId, TokenId},
+};
+
+pub(super) struct Live {
+    pub request: GenerateRequest,
+    pub choices: Vec<Choice>,
+    /// Whether it has left the queue.
+    pub admitted: bool,
+    pub lease: Lease,
+    /// Tokens that launched steps draw and that are not committed yet.
+    pub in_flight: u64,
+    events: Sender<StreamEvent>,
+    usage: RequestUsage,
+    /// Prompt tokens whose computation was committed, and charged.
+    prompt_computed: usize,
+    scores: Vec<Option<TokenLogprobs>>,
+    scores_sent: bool,
+    /// When its send buffer was first seen full.
+    full_since_ns: Option<u64>,
+    /// Of the choices that ended, the first cause beyond an ordinary finish.
+    cause: EndCause,
+}
+
+pub(super) struct Choice {
+    pub seq: SeqId,
+    pub done: bool,
+    output: ChoiceOutput,
+}
+
+impl Live {
+    /// `seqs` has one sequence for each choice.
+    pub fn new(submission: Submission, seqs: &[SeqId], tokenizer: &Tokenizer) -> Self {
+        let Submission { request, lease, events } = submission;
+        let choices = seqs.iter().map(|seq| Choice {
+            seq: *seq,
+            done: false,
+            output: ChoiceOutput::new(tokenizer, request.stop.clone()),
+        });
+        Self {
+            choices: choices.collect(),
+            admitted: false,
+            lease,
+            in_flight: 0,
+            events,
+            usage: RequestUsage {
+                prompt_tokens: request.prompt.len() as u32,
+                ..RequestUsage::default()
+            },
+            prompt_computed: 0,
+            // Nothing precedes the first token, so it has no probability.
+            scores: vec![None],
+            scores_sent: false,
+            full_since_ns: None,
+            cause: EndCause::Finished,
+            request,
+        }
+    }
+
+    pub fn prompt_tokens(&self) -> u64 {
+        self.usage.prompt_tokens.into()
+    }
+
+    /// Room for all that the steps in flight and one more can send, with the closing events.
+    pub fn has_room(&self, depth: usize) -> bool {
+        self.events.capacity() >= self.choices.len() * 2 * (depth + 1) + 4
+    }
+
+    /// Whether the client went away, or has not read for `stall_max_ns`.
+    pub fn is_lost(&mut self, depth: usize, now_ns: u64, stall_max_ns: u64) -> Option<Lost> {
+        if self.events.is_closed() {
+            return Some(Lost::Gone);
+        }
+        if self.has_room(depth) {
+            self.full_since_ns = None;
+            return None;
+        }
+        let since_ns = *self.full_since_ns.get_or_insert(now_ns);
+        (now_ns - since_ns > stall_max_ns).then_some(Lost::Stalled)
+    }
+
+    /// Room was kept by `has_room`; a closed channel is found by `is_lost`.
+    fn send(&self, event: StreamEvent) {
+        let _ = self.events.try_send(event);
+    }
+
+    pub fn add_score(&mut self, score: TokenLogprobs) {
+        self.scores.push(Some(score));
+    }
+
+    /// The prompt is computed up to `end`: that is charged, once. Sends its log-probabilities when
+    /// they are complete. Returns whether nothing more is wanted.
+    pub fn commit_prompt(&mut self, end: usize) -> bool {
+        let end = end.min(self.request.prompt.len());
+        if end > self.prompt_computed {
+            self.lease.use_input((end - self.prompt_computed) as u64, 0);
+            self.prompt_computed = end;
+        }
+        let complete = self.scores.len() == self.request.prompt.len();
+        if self.request.prompt_logprobs.is_some() && !self.scores_sent && complete {
+            self.scores_sent = true;
+            let scores = std::mem::take(&mut self.scores);
+            self.send(StreamEvent::PromptLogprobs(scores));
+        }
+        self.request.stop.max_tokens == 0 && end == self.request.prompt.len()
+    }
+
+    /// Delivers a drawn token; `Some` ends its choice.
+    pub fn commit_token(
+        &mut self,
+        index: usize,
+        token: TokenId,
+        logprobs: Option<TokenLogprobs>,
+        ends: bool,
+        silent: bool,
+    ) -> Option<FinishReason> {
+        self.usage.completion_tokens += 1;
+        self.lease.use_output(1);
+        let piece = self.choices[index].output.push(token, logprobs, ends, silent);
+        self.deliver(index, piece)
+    }
+
+    fn deliver(&self, index: usize, piece: Piece) -> Option<FinishReason> {
+        let wants_tokens = self.request.sampling.logprobs.is_some() && !piece.tokens.is_empty();
+        if !piece.text.is_empty() || wants_tokens {
+            let (choice, text, tokens) = (index as u32, piece.text, piece.tokens);
+            self.send(StreamEvent::Delta { choice, text, tokens });
+        }
+        piece.finish
+    }
+
+    /// Ends a choice that ended by itself.
+    pub fn finish(&mut self, index: usize, reason: FinishReason) {
+        self.choices[index].done = true;
+        self.send(StreamEvent::Finish { choice: index as u32, reason, cause: None });
+    }
+
+    /// Ends a choice because of money or a rule, with what was withheld and the tenant's closing text.
+    pub fn cut(&mut self, index: usize, cause: EndCause) -> FinishReason {
+        let rest = self.choices[index].output.finish(FinishReason::Length);
+        let reason = self.deliver(index, rest).unwrap_or(FinishReason::Length);
+        let cause = (reason == FinishReason::Length).then_some(cause);
+        let closing = self.lease.opened().and_then(|opened| opened.policy.closing_text.clone());
+        if let Some(text) = closing.filter(|_| cause.is_some()) {
+            self.send(StreamEvent::Delta { choice: index as u32, text, tokens: Vec::new() });
+        }
+        self.choices[index].done = true;
+        if self.cause == EndCause::Finished {
+            self.cause = cause.unwrap_or(EndCause::Finished);
+        }
+        self.send(StreamEvent::Finish { choice: index as u32, reason, cause });
+        reason
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.choices.iter().all(|choice| choice.done)
+    }
+
+    pub fn live_sequences(&self) -> u64 {
+        self.choices.iter().filter(|choice| !choice.done).count() as u64
+    }
+
+    /// Settles a request whose choices have all ended; its last event leaves once that is durable.
+    pub fn close(self) {
+        let Self { events, usage, lease, cause, .. } = self;
+        // A reader that went away needs no last event.
+        lease.close(cause, move |bill| drop(events.try_send(StreamEvent::Done(usage, bill))));
+    }
+
+    /// Settles a request that ends early, with an error for its client if there is one.
+    pub fn abort(self, cause: EndCause, error: Option<RequestError>) {
+        if let Some(error) = error {
+            self.send(StreamEvent::Error(error));
+        }
+        self.lease.close(cause, |_| {});
+    }
+}
+
+/// Why a client cannot be served any longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lost {
+    Gone,
+    Stalled,
+}
