@@ -15,7 +15,7 @@ use crate::{
     ledger::{
         Event, Ledger, LedgerOptions, Policy,
         book::{KeySpec, PriceSpec, Role, key_hash, transact},
-        db::{Db, Sqlite},
+        db::{Db, Postgres, Sqlite},
         lease::LeaseLimits,
         schema::migrate,
         thread::LedgerThread,
@@ -48,6 +48,10 @@ pub fn open(config: &Config, model: &ModelId, prices: Option<Prices>) -> Result<
         LedgerPlace::Directory(dir) => {
             let lock = lock(dir)?;
             (open_file(dir, clock.clone())?, Some(lock))
+        }
+        LedgerPlace::Postgres(url) => {
+            let db: Box<dyn Db> = Box::new(Postgres::connect(url.reveal(), clock.clone())?);
+            (db, None)
         }
     };
     migrate(&mut *db)?;

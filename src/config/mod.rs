@@ -32,6 +32,8 @@ pub struct Sources {
 pub enum LedgerPlace {
     /// A SQLite file in a directory.
     Directory(PathBuf),
+    /// A PostgreSQL database, by its URL, which may hold a password.
+    Postgres(Secret),
 }
 
 /// Everything `candela serve` can be told, checked. A part receives the values it needs, never this.

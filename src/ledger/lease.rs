@@ -23,7 +23,8 @@ use crate::{
 
 /// Output tokens of a fresh lease, for each sequence of a request.
 const LEASE_TOKENS_FIRST: u64 = 32;
-/// How long a sequence may sit out for money that others hold before it is asked for again.
+/// How long after an extension that others' holds or the database stood in the way of it is asked for
+/// again.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Bounds that the configuration sets.
@@ -43,6 +44,8 @@ pub(super) struct Shared {
     denial: AtomicU8,
     /// An extension is on its way.
     pending: AtomicBool,
+    /// The last extension could not be written.
+    silent: AtomicBool,
     /// Monotonic time until which this server may use its leases.
     valid_until_ns: Arc<AtomicU64>,
 }
@@ -55,6 +58,7 @@ impl Shared {
             granted: AtomicI64::new(saturate(granted)),
             denial: AtomicU8::new(NOT_DENIED),
             pending: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
             valid_until_ns,
         }
     }
@@ -65,11 +69,19 @@ impl Shared {
             self.granted.store(saturate(granted), Ordering::Release);
         }
         self.deny(denied);
+        self.silent.store(false, Ordering::Release);
         self.pending.store(false, Ordering::Release);
     }
 
-    /// There was no answer; it is asked for again.
+    /// The ledger gave the request up: others may hold its money by now.
+    pub(super) fn lose(&self) {
+        self.granted.store(0, Ordering::Release);
+        self.deny(Some(Denial::Lost));
+    }
+
+    /// There was no answer; it is asked for again, after a while.
     pub(super) fn unanswered(&self) {
+        self.silent.store(true, Ordering::Release);
         self.pending.store(false, Ordering::Release);
     }
 
@@ -225,7 +237,9 @@ impl Lease {
         let now_ns = account.clock.now_ns();
         let denied = account.shared.denied();
         let again_ns = account.asked_ns + ASK_AGAIN.as_nanos() as u64;
-        if denied.is_some() && (denied != Some(Denial::BudgetForNow) || now_ns < again_ns) {
+        let for_good = denied.is_some_and(|denied| denied != Denial::BudgetForNow);
+        let repeated = denied.is_some() || account.shared.silent.load(Ordering::Acquire);
+        if for_good || (repeated && now_ns < again_ns) {
             return;
         }
         if left == 0 && account.asked_ns > 0 {
