@@ -1,5 +1,11 @@
 //! Shared by the tests that need real weights.
 
+#[allow(dead_code, reason = "not every test keeps books")]
+pub mod books;
+#[allow(dead_code, reason = "not every test wants a database server")]
+pub mod postgres;
+#[allow(dead_code, reason = "not every test breaks a database")]
+pub mod rig;
 #[allow(dead_code, reason = "not every test wants a server")]
 pub mod server;
 
@@ -10,6 +16,7 @@ use candela::registry::{
 };
 
 /// The default model's file, downloaded once for all tests of this build directory.
+#[allow(dead_code, reason = "not every test wants weights")]
 pub fn default_model() -> PathBuf {
     match resolve_default().source {
         ModelSource::Gguf { path } => path,
@@ -17,6 +24,7 @@ pub fn default_model() -> PathBuf {
     }
 }
 
+#[allow(dead_code, reason = "not every test wants weights")]
 pub fn resolve_default() -> ResolvedModel {
     let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let cache_dir = tmp.parent().unwrap_or(tmp).join("candela-test-models");

@@ -50,8 +50,7 @@ impl<'a> FromSql<'a> for Val {
 
 /// A row by position.
 pub(super) fn row(row: &tokio_postgres::Row) -> Result<Row, DbError> {
-    let value = |index| {
-        row.try_get(index).map_err(|error| DbError::Corrupt(super::error::chain(&error)))
-    };
+    let value =
+        |index| row.try_get(index).map_err(|error| DbError::Corrupt(super::error::chain(&error)));
     (0..row.len()).map(value).collect::<Result<_, _>>().map(Row)
 }
