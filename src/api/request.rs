@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::{
-    engine::StopParams,
+    engine::{ENOUGH_TOKENS, StopParams},
     price::usd,
     sampling::SamplingParams,
     text::{ChatMessage, Tokenizer},
@@ -29,7 +29,7 @@ const UNSUPPORTED: [&str; 10] = [
 ];
 
 /// Fields that are read, or that change nothing here.
-const KNOWN: [&str; 36] = [
+const KNOWN: [&str; 37] = [
     "add_generation_prompt",
     "echo",
     "frequency_penalty",
@@ -45,6 +45,7 @@ const KNOWN: [&str; 36] = [
     "min_tokens",
     "model",
     "n",
+    "natural_stop",
     "parallel_tool_calls",
     "presence_penalty",
     "prompt",
@@ -245,7 +246,23 @@ impl Body {
             min_tokens,
             ignore_eos: self.flag("ignore_eos")?,
             strings,
+            enough_tokens: self.natural_stop()?,
         })
+    }
+
+    /// `natural_stop`: true, false, or an object with `enough_tokens`.
+    fn natural_stop(&self) -> Result<Option<u32>> {
+        let expected =
+            || wrong("natural_stop", "true, false or an object with `enough_tokens`, at least 1");
+        match self.get("natural_stop") {
+            None => Ok(None),
+            Some(Value::Bool(on)) => Ok(Some(if *on { ENOUGH_TOKENS } else { 0 })),
+            Some(value) => {
+                let enough = value.get("enough_tokens").and_then(Value::as_u64);
+                let enough = enough.filter(|enough| *enough > 0).ok_or_else(expected)?;
+                Ok(Some(u32::try_from(enough).unwrap_or(u32::MAX)))
+            }
+        }
     }
 
     pub fn include_usage(&self, stream: bool) -> Result<bool> {

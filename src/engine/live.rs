@@ -14,6 +14,17 @@ use crate::{
     types::{FinishReason, SeqId, TokenId},
 };
 
+/// Output tokens from which a natural stop ends an output, where its tenant wants that and the
+/// request says nothing.
+pub const ENOUGH_TOKENS: u32 = 100;
+
+/// What ended a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    ByItself(FinishReason),
+    Cut(EndCause),
+}
+
 pub(super) struct Live {
     pub request: GenerateRequest,
     pub choices: Vec<Choice>,
@@ -125,11 +136,34 @@ impl Live {
         logprobs: Option<TokenLogprobs>,
         ends: bool,
         silent: bool,
-    ) -> Option<FinishReason> {
+    ) -> Option<Ended> {
         self.usage.completion_tokens += 1;
         self.lease.use_output(1);
         let piece = self.choices[index].output.push(token, logprobs, ends, silent);
-        self.deliver(index, piece)
+        let finish = self.deliver(index, piece);
+        finish.map(Ended::ByItself).or_else(|| self.rule(index).map(Ended::Cut))
+    }
+
+    /// Whether the tenant's rules end a choice at the end of this sentence.
+    fn rule(&self, index: usize) -> Option<EndCause> {
+        let output = &self.choices[index].output;
+        let opened = self.lease.opened();
+        let natural = opened.and_then(|opened| opened.policy.natural_stop).unwrap_or(false);
+        let default = if natural { ENOUGH_TOKENS } else { 0 };
+        let enough = self.request.stop.enough_tokens.unwrap_or(default);
+        let near_cap = || {
+            let opened = opened?;
+            let (cap, percent) = (opened.cap?, opened.policy.soft_landing_percent?);
+            let from = cap.0 * i128::from(100 - percent.min(100)) / 100;
+            (self.lease.cost().0 >= from).then_some(())
+        };
+        let cause = if enough > 0 && output.tokens() >= enough {
+            EndCause::NaturalStop
+        } else {
+            near_cap().map(|()| EndCause::SoftLanding)?
+        };
+        let early = output.tokens() < self.request.stop.min_tokens;
+        (!early && output.at_sentence_end()).then_some(cause)
     }
 
     fn deliver(&self, index: usize, piece: Piece) -> Option<FinishReason> {
@@ -152,8 +186,9 @@ impl Live {
         let rest = self.choices[index].output.finish(FinishReason::Length);
         let reason = self.deliver(index, rest).unwrap_or(FinishReason::Length);
         let cause = (reason == FinishReason::Length).then_some(cause);
+        let truncated = matches!(cause, Some(EndCause::CostCap | EndCause::Budget));
         let closing = self.lease.opened().and_then(|opened| opened.policy.closing_text.clone());
-        if let Some(text) = closing.filter(|_| cause.is_some()) {
+        if let Some(text) = closing.filter(|_| truncated) {
             self.send(StreamEvent::Delta { choice: index as u32, text, tokens: Vec::new() });
         }
         self.choices[index].done = true;

@@ -14,6 +14,7 @@ mod run;
 pub mod snapshot;
 
 pub use handle::{EngineHandle, RequestStream};
+pub use live::ENOUGH_TOKENS;
 pub use request::{
     GenerateRequest, OutputToken, RequestError, RequestUsage, StopParams, StreamEvent, SubmitError,
 };

@@ -33,6 +33,9 @@ pub struct StopParams {
     pub ignore_eos: bool,
     /// Strings that end the output; not part of it.
     pub strings: Vec<String>,
+    /// End at the first end of a sentence from this many output tokens on; `None` leaves it to the
+    /// tenant's policy, 0 is off.
+    pub enough_tokens: Option<u32>,
 }
 
 /// What an engine sends for a request, in order. Events of different choices interleave; every

@@ -29,7 +29,7 @@ use super::{
     device::{Device, DeviceError, DeviceOutcome, DeviceStep, SampleSpec, ScoreSpec, SlotBegin},
     handle::{EngineHandle, Shared},
     inputs,
-    live::{Live, Lost},
+    live::{Ended, Live, Lost},
     request::RequestError,
     snapshot::EngineSnapshot,
 };
@@ -338,8 +338,13 @@ impl<D: Device> Engine<D> {
         let ends = self.options.eos_token_ids.contains(&token);
         let silent = self.tokenizer.is_special(token);
         self.counters.generation_tokens += 1;
-        if let Some(reason) = live.commit_token(index, token, logprobs, ends, silent) {
-            self.finish(seq, reason);
+        match live.commit_token(index, token, logprobs, ends, silent) {
+            Some(Ended::ByItself(reason)) => self.finish(seq, reason),
+            Some(Ended::Cut(cause)) => {
+                self.cut(owner, index, seq, cause);
+                self.close_if_done(owner);
+            }
+            None => {}
         }
     }
 
@@ -372,18 +377,24 @@ impl<D: Device> Engine<D> {
             }
         }
         for (owner, cause) in ended {
-            let Some(live) = self.live.get_mut(&owner) else { continue };
+            let Some(live) = self.live.get(&owner) else { continue };
             let choices = live.choices.iter().enumerate().filter(|(_, choice)| !choice.done);
             let seqs: Vec<(usize, SeqId)> = choices.map(|(index, one)| (index, one.seq)).collect();
             // From the last choice, so that no sibling inherits the prompt only to be dropped next.
             for (index, seq) in seqs.into_iter().rev() {
-                let reason = live.cut(index, cause);
-                self.scheduler.finish(seq);
-                self.owners.remove(&seq);
-                *self.counters.finished(reason) += 1;
+                self.cut(owner, index, seq, cause);
             }
             self.close_if_done(owner);
         }
+    }
+
+    /// Ends one choice because of money or a rule.
+    fn cut(&mut self, owner: SeqId, index: usize, seq: SeqId, cause: EndCause) {
+        let Some(live) = self.live.get_mut(&owner) else { return };
+        let reason = live.cut(index, cause);
+        self.scheduler.finish(seq);
+        self.owners.remove(&seq);
+        *self.counters.finished(reason) += 1;
     }
 
     /// Ends a whole request early.

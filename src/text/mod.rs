@@ -1,11 +1,13 @@
 //! Text in, text out: tokenizer, chat template, incremental detokenizer, stop strings.
 
 mod detokenizer;
+mod sentence;
 mod stop;
 mod template;
 mod tokenizer;
 
 pub use detokenizer::Detokenizer;
+pub use sentence::SentenceEnd;
 pub use stop::{StopMatcher, StopStep};
 pub use template::{ChatMessage, ChatTemplate};
 pub use tokenizer::{GgufVocab, Tokenizer};
