@@ -55,7 +55,7 @@ async fn read(mut stream: RequestStream, choices: usize) -> Vec<(String, Vec<u32
     let mut out = vec![(String::new(), Vec::new()); choices];
     while let Some(event) = stream.next().await {
         match event {
-            StreamEvent::Delta { choice, text, tokens } => {
+            StreamEvent::Delta { choice, text, tokens, .. } => {
                 out[choice as usize].0.push_str(&text);
                 out[choice as usize].1.extend(tokens.iter().map(|token| token.id));
             }

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::{
-    engine::{OutputToken, RequestUsage, StreamEvent},
+    engine::{OutputToken, RequestUsage, SoFar, StreamEvent},
     ledger::{Bill, EndCause},
     price::usd,
     sampling::TokenLogprobs,
@@ -45,11 +45,14 @@ pub struct Options {
     pub created_unix_s: u64,
     pub model: String,
     pub tokenizer: Tokenizer,
-    pub prompts: usize,
+    /// Of each prompt.
+    pub prompt_tokens: Vec<u32>,
     /// Of each prompt.
     pub choices: u32,
     pub stream: bool,
     pub include_usage: bool,
+    /// Every chunk says what its request has used and owes so far.
+    pub continuous_usage: bool,
     pub logprobs: bool,
     /// One a prompt, if prompts are repeated.
     pub echoes: Option<Vec<Echo>>,
@@ -63,6 +66,7 @@ pub struct Answer {
     usage: RequestUsage,
     /// One a prompt.
     bills: Vec<Bill>,
+    so_far: Vec<SoFar>,
     prompts_done: usize,
     error: Option<String>,
 }
@@ -85,9 +89,18 @@ impl Answer {
         let prefix = if options.shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
         let id = format!("{prefix}-{}", uuid::Uuid::new_v4().simple());
         let mut choices = Vec::new();
-        choices.resize_with(options.prompts * options.choices as usize, Choice::default);
-        let usage = RequestUsage::default();
-        Self { options, id, choices, usage, bills: Vec::new(), prompts_done: 0, error: None }
+        choices
+            .resize_with(options.prompt_tokens.len() * options.choices as usize, Choice::default);
+        Self {
+            so_far: vec![SoFar::default(); options.prompt_tokens.len()],
+            options,
+            id,
+            choices,
+            usage: RequestUsage::default(),
+            bills: Vec::new(),
+            prompts_done: 0,
+            error: None,
+        }
     }
 
     pub fn model(&self) -> &str {
@@ -104,7 +117,7 @@ impl Answer {
 
     /// Whether nothing more is to come.
     pub fn is_complete(&self) -> bool {
-        self.prompts_done == self.options.prompts || self.error.is_some()
+        self.prompts_done == self.options.prompt_tokens.len() || self.error.is_some()
     }
 
     /// Why it ended early.
@@ -168,7 +181,8 @@ impl Answer {
                 all.clone().for_each(|index| self.echo(prompt, index, Some(&scores)));
                 all
             }
-            StreamEvent::Delta { choice, text, tokens } => {
+            StreamEvent::Delta { choice, text, tokens, so_far } => {
+                self.so_far[prompt] = so_far;
                 let index = first + choice as usize;
                 self.echo(prompt, index, None);
                 let choice = &mut self.choices[index];
@@ -251,7 +265,7 @@ impl Answer {
             "total_tokens": counts.prompt_tokens + counts.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
         });
-        if self.bills.len() == self.options.prompts {
+        if self.bills.len() == self.options.prompt_tokens.len() {
             let sum = |amount: fn(&Bill) -> NanoUsd| {
                 usd::format(NanoUsd(self.bills.iter().map(|bill| amount(bill).0).sum()))
             };
@@ -294,7 +308,16 @@ impl Answer {
             Shape::Completion => choice["text"] = text.into(),
         }
         let mut chunk = self.envelope(json!([choice]));
-        if self.options.include_usage {
+        if self.options.continuous_usage {
+            let prompt = index / self.options.choices as usize;
+            let (prompt_tokens, so_far) = (self.options.prompt_tokens[prompt], self.so_far[prompt]);
+            chunk["usage"] = json!({
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": so_far.completion_tokens,
+                "total_tokens": prompt_tokens + so_far.completion_tokens,
+                "cost": usd::format(so_far.cost),
+            });
+        } else if self.options.include_usage {
             chunk["usage"] = Value::Null;
         }
         chunk.to_string()

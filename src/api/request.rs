@@ -265,16 +265,21 @@ impl Body {
         }
     }
 
-    pub fn include_usage(&self, stream: bool) -> Result<bool> {
-        let Some(options) = self.get("stream_options") else { return Ok(false) };
+    /// Whether a stream ends with its usage, and whether every chunk says what was used so far.
+    pub fn usage_options(&self, stream: bool) -> Result<(bool, bool)> {
+        let Some(options) = self.get("stream_options") else { return Ok((false, false)) };
         if !stream {
             return Err(wrong("stream_options", "left out unless `stream` is true"));
         }
-        let expected = || wrong("stream_options", "an object with `include_usage`, true or false");
-        match options.as_object().ok_or_else(expected)?.get("include_usage") {
+        let object = options.as_object();
+        let object = object.ok_or_else(|| wrong("stream_options", "an object"))?;
+        let flag = |key: &str| match object.get(key) {
             None | Some(Value::Null) => Ok(false),
-            Some(value) => value.as_bool().ok_or_else(expected),
-        }
+            Some(value) => value.as_bool().ok_or_else(|| {
+                wrong("stream_options", &format!("an object whose `{key}` is true or false"))
+            }),
+        };
+        Ok((flag("include_usage")?, flag("continuous_usage_stats")?))
     }
 
     /// How many alternatives to report beside each token, if any.

@@ -5,7 +5,7 @@ use tokio::sync::mpsc::Sender;
 use super::{
     Submission,
     output::{ChoiceOutput, Piece},
-    request::{GenerateRequest, RequestError, RequestUsage, StreamEvent},
+    request::{GenerateRequest, OutputToken, RequestError, RequestUsage, SoFar, StreamEvent},
 };
 use crate::{
     ledger::{EndCause, Lease},
@@ -107,6 +107,12 @@ impl Live {
         let _ = self.events.try_send(event);
     }
 
+    fn send_delta(&self, index: usize, text: String, tokens: Vec<OutputToken>) {
+        let completion_tokens = self.usage.completion_tokens;
+        let so_far = SoFar { completion_tokens, cost: self.lease.cost() };
+        self.send(StreamEvent::Delta { choice: index as u32, text, tokens, so_far });
+    }
+
     pub fn add_score(&mut self, score: TokenLogprobs) {
         self.scores.push(Some(score));
     }
@@ -169,8 +175,7 @@ impl Live {
     fn deliver(&self, index: usize, piece: Piece) -> Option<FinishReason> {
         let wants_tokens = self.request.sampling.logprobs.is_some() && !piece.tokens.is_empty();
         if !piece.text.is_empty() || wants_tokens {
-            let (choice, text, tokens) = (index as u32, piece.text, piece.tokens);
-            self.send(StreamEvent::Delta { choice, text, tokens });
+            self.send_delta(index, piece.text, piece.tokens);
         }
         piece.finish
     }
@@ -189,7 +194,7 @@ impl Live {
         let truncated = matches!(cause, Some(EndCause::CostCap | EndCause::Budget));
         let closing = self.lease.opened().and_then(|opened| opened.policy.closing_text.clone());
         if let Some(text) = closing.filter(|_| truncated) {
-            self.send(StreamEvent::Delta { choice: index as u32, text, tokens: Vec::new() });
+            self.send_delta(index, text, Vec::new());
         }
         self.choices[index].done = true;
         if self.cause == EndCause::Finished {

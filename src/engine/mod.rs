@@ -16,7 +16,8 @@ pub mod snapshot;
 pub use handle::{EngineHandle, RequestStream};
 pub use live::ENOUGH_TOKENS;
 pub use request::{
-    GenerateRequest, OutputToken, RequestError, RequestUsage, StopParams, StreamEvent, SubmitError,
+    GenerateRequest, OutputToken, RequestError, RequestUsage, SoFar, StopParams, StreamEvent,
+    SubmitError,
 };
 pub use run::{EngineOptions, EngineThread, start};
 pub use snapshot::EngineSnapshot;
