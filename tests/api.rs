@@ -255,8 +255,12 @@ async fn ids_logs_and_metrics(server: &Server) {
     let request = server.http.post(format!("{}/v1/completions", server.url));
     let response =
         request.header("x-request-id", "mine-7").body(body).send().await.expect("answers");
-    assert_eq!(response.headers()["x-request-id"], "mine-7");
+    // Ours, as the ledger knows it; the client's own is logged beside it.
+    let id = response.headers()["x-request-id"].to_str().expect("text").to_owned();
     let line = server.logged(&["\"mine-7\"", "request"]).await;
+    assert_eq!((&line["request_id"], &line["tenant"]), (&json!(id), &json!("local")), "{line}");
+    let answer: Value = response.json().await.expect("json");
+    assert_eq!(answer["usage"]["cost"], line["cost_usd"]);
     assert_eq!((&line["outcome"], &line["completion_tokens"]), (&json!("ok"), &json!(3)), "{line}");
     assert!(
         line["ttft_ms"].as_f64() > Some(0.0)
