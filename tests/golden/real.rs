@@ -243,3 +243,15 @@ async fn smollm2_agrees_with_transformers() {
     let golden = include_str!("../reference/smollm2-135m-instruct.json");
     check("smollm2-135m-instruct", golden, SMOLLM2_LOGIT_ERROR_MAX).await;
 }
+
+/// Measured: 0.0018.
+const QWEN_LOGIT_ERROR_MAX: f32 = 0.0025;
+
+#[tokio::test]
+async fn qwen2_5_coder_agrees_with_transformers() {
+    if !std::env::var(MODELS).is_ok_and(|models| models == "all") {
+        return eprintln!("skipped: {MODELS} is not `all`");
+    }
+    let golden = include_str!("../reference/qwen2.5-coder-1.5b-instruct.json");
+    check("qwen2.5-coder-1.5b-instruct", golden, QWEN_LOGIT_ERROR_MAX).await;
+}
