@@ -148,10 +148,11 @@ const OTHERS: usize = 6;
 /// Request `index`: no two have the same prompt, and half of them sample. Those that stay end
 /// together, late.
 fn ask(model: &Assembled, index: usize) -> RequestStream {
-    let text = format!("{index}. {}", PROMPTS[index % PROMPTS.len()].repeat(1 + index % 2));
-    let max_tokens = if index < STAYING { 40 } else { 8 };
+    let text = format!("{index}. {}", PROMPTS[index % PROMPTS.len()].repeat(1 + index % 3));
+    let prompt = model.tokenizer.encode(&text, true).expect("tokens");
+    let max_tokens = if index < STAYING { 24 } else { 8 };
     let stop = StopParams { max_tokens, ignore_eos: true, ..Default::default() };
-    submit_until(model, chat(model, &text), 1, (index % 2) as f32, stop)
+    submit_until(model, prompt, 1, (index % 2) as f32, stop)
 }
 
 /// Others beside those that stay, until `done`: of three one is read to its end, one leaves after
