@@ -8,7 +8,8 @@ use std::{
 use crate::ops::{Bits, DenseType, PackedWeight, PackedWeightBuilder, QuantRow, QuantSpec};
 
 use super::{
-    Family, LayerWeights, ModelConfig, ModelError, ModelWeights, RopeScaling,
+    Biases, Family, LayerWeights, ModelConfig, ModelError, ModelWeights, RopeScaling,
+    config::checked_layers,
     gguf::{Gguf, TensorInfo, TensorKind},
     safetensors::Shards,
     weights::MappedFile,
@@ -67,7 +68,6 @@ pub trait WeightSource {
         out: &mut PackedWeightBuilder,
     ) -> Result<(), ModelError>;
     fn vector(&self, layer: Option<usize>, part: Part, len: usize) -> Result<Vec<f32>, ModelError>;
-    fn has(&self, layer: Option<usize>, part: Part) -> bool;
 }
 
 /// A tensor's part in the model, with its name in GGUF and in Hugging Face files.
@@ -97,10 +97,14 @@ parts! {
     Q_NORM = "attn_q_norm.weight", "self_attn.q_norm.weight";
     K_NORM = "attn_k_norm.weight", "self_attn.k_norm.weight";
     O = "attn_output.weight", "self_attn.o_proj.weight";
+    O_BIAS = "attn_output.bias", "self_attn.o_proj.bias";
     FFN_NORM = "ffn_norm.weight", "post_attention_layernorm.weight";
     GATE = "ffn_gate.weight", "mlp.gate_proj.weight";
     UP = "ffn_up.weight", "mlp.up_proj.weight";
     DOWN = "ffn_down.weight", "mlp.down_proj.weight";
+    GATE_BIAS = "ffn_gate.bias", "mlp.gate_proj.bias";
+    UP_BIAS = "ffn_up.bias", "mlp.up_proj.bias";
+    DOWN_BIAS = "ffn_down.bias", "mlp.down_proj.bias";
 }
 
 fn assemble(config: &ModelConfig, source: &dyn WeightSource) -> Result<ModelWeights, ModelError> {
@@ -113,31 +117,33 @@ fn assemble(config: &ModelConfig, source: &dyn WeightSource) -> Result<ModelWeig
         }
         Ok(builder.build())
     };
+    let joined = |layer, wanted, parts: &[(Part, usize)]| -> Result<Option<Vec<f32>>, ModelError> {
+        let read = |(part, len): &(Part, usize)| source.vector(layer, *part, *len);
+        let joined = || Ok(parts.iter().map(read).collect::<Result<Vec<_>, _>>()?.concat());
+        if wanted { joined().map(Some) } else { Ok(None) }
+    };
+    let (biases, head) = (config.biases, config.head_dim);
     let mut layers = Vec::with_capacity(config.layers);
     for index in 0..config.layers {
         let layer = Some(index);
-        let mut bias = Vec::new();
-        if config.attention_bias {
-            for (part, len) in [(Q_BIAS, q), (K_BIAS, kv), (V_BIAS, kv)] {
-                bias.extend(source.vector(layer, part, len)?);
-            }
-        }
-        let norm = |part| source.vector(layer, part, config.head_dim);
+        let qkv_bias = [(Q_BIAS, q), (K_BIAS, kv), (V_BIAS, kv)];
         layers.push(LayerWeights {
             attn_norm: source.vector(layer, ATTN_NORM, hidden)?,
             qkv: fused(layer, &[(Q, q), (K, kv), (V, kv)], hidden)?,
-            qkv_bias: config.attention_bias.then_some(bias),
-            q_norm: if config.qk_norm { Some(norm(Q_NORM)?) } else { None },
-            k_norm: if config.qk_norm { Some(norm(K_NORM)?) } else { None },
+            qkv_bias: joined(layer, biases.qkv, &qkv_bias)?,
+            q_norm: joined(layer, config.qk_norm, &[(Q_NORM, head)])?,
+            k_norm: joined(layer, config.qk_norm, &[(K_NORM, head)])?,
             o: fused(layer, &[(O, hidden)], q)?,
+            o_bias: joined(layer, biases.o, &[(O_BIAS, hidden)])?,
             ffn_norm: source.vector(layer, FFN_NORM, hidden)?,
             gate_up: fused(layer, &[(GATE, inner), (UP, inner)], hidden)?,
+            gate_up_bias: joined(layer, biases.mlp, &[(GATE_BIAS, inner), (UP_BIAS, inner)])?,
             down: fused(layer, &[(DOWN, hidden)], inner)?,
+            down_bias: joined(layer, biases.mlp, &[(DOWN_BIAS, hidden)])?,
         });
     }
     let embed = Arc::new(fused(None, &[(EMBED, config.vocab_size)], hidden)?);
-    let tied = config.tie_word_embeddings || !source.has(None, LM_HEAD);
-    let lm_head = match tied {
+    let lm_head = match config.tie_word_embeddings {
         true => embed.clone(),
         false => Arc::new(fused(None, &[(LM_HEAD, config.vocab_size)], hidden)?),
     };
@@ -159,6 +165,9 @@ fn gguf_config(file: &GgufFile) -> Result<ModelConfig, ModelError> {
         optional(key).ok_or_else(|| ModelError::Format(format!("GGUF metadata lacks {arch}.{key}")))
     };
     let (hidden_size, heads) = (size("embedding_length")?, size("attention.head_count")?);
+    let layers = checked_layers(size("block_count")?)?;
+    let window = optional("attention.sliding_window").filter(|window| *window > 0);
+    let has = |part| header.tensors.contains_key(&gguf_name(Some(0), part));
     let head_dim = optional("attention.key_length").unwrap_or(hidden_size / heads.max(1));
     if let Some(kind) = header.get_str(&format!("{arch}.rope.scaling.type"))
         && !matches!(kind, "none" | "linear")
@@ -185,7 +194,7 @@ fn gguf_config(file: &GgufFile) -> Result<ModelConfig, ModelError> {
         vocab_size: vocab.unwrap_or(0) as usize,
         hidden_size,
         intermediate_size: size("feed_forward_length")?,
-        layers: size("block_count")?,
+        layers,
         heads,
         kv_heads: optional("attention.head_count_kv").unwrap_or(heads),
         head_dim,
@@ -193,9 +202,9 @@ fn gguf_config(file: &GgufFile) -> Result<ModelConfig, ModelError> {
         rope_theta: header.get_f32(&format!("{arch}.rope.freq_base")).unwrap_or(10_000.0).into(),
         rope_scaling,
         max_position: size("context_length")?,
-        sliding_window: optional("attention.sliding_window").filter(|window| *window > 0),
+        layer_windows: vec![window; layers],
         tie_word_embeddings: !header.tensors.contains_key(LM_HEAD.gguf),
-        attention_bias: header.tensors.contains_key("blk.0.attn_q.bias"),
+        biases: Biases { qkv: has(Q_BIAS), o: has(O_BIAS), mlp: has(DOWN_BIAS) },
         qk_norm: family == Family::Qwen3,
         eos_token_ids,
         bos_token_id: header.get_u32("tokenizer.ggml.bos_token_id"),
@@ -225,7 +234,7 @@ impl GgufSource<'_> {
     /// File row of output row `row`: converters interleave the halves of each rotated head of the
     /// llama architecture, and this undoes it.
     fn source_row(&self, part: Part, row: usize) -> usize {
-        if self.config.family != Family::Llama || !(part == Q || part == K) {
+        if self.config.family != Family::Llama || ![Q, K, Q_BIAS, K_BIAS].contains(&part) {
             return row;
         }
         let dim = self.config.head_dim;
@@ -279,11 +288,7 @@ impl WeightSource for GgufSource<'_> {
                 values.len()
             )));
         }
-        Ok(values)
-    }
-
-    fn has(&self, layer: Option<usize>, part: Part) -> bool {
-        self.file.header.tensors.contains_key(&gguf_name(layer, part))
+        Ok((0..len).map(|row| values[self.source_row(part, row)]).collect())
     }
 }
 
