@@ -6,6 +6,7 @@ use candela::{
     cli::assemble::{Assembled, EngineSpec, assemble},
     clock::Clock,
     engine::{GenerateRequest, RequestStream, StopParams, StreamEvent},
+    ledger::Lease,
     model::{self, WeightFiles},
     registry::ModelSource,
     sampling::SamplingParams,
@@ -180,7 +181,7 @@ fn submit(model: &Assembled, prompt: &[u32], tokens: usize) -> RequestStream {
         stop: StopParams { max_tokens: tokens as u32, ignore_eos: true, ..Default::default() },
         prompt_logprobs: None,
     };
-    model.engine.handle.submit(request).expect("submitted")
+    model.engine.handle.submit(request, Lease::unlimited()).expect("submitted")
 }
 
 async fn read(mut stream: RequestStream) -> Vec<u32> {
@@ -188,7 +189,7 @@ async fn read(mut stream: RequestStream) -> Vec<u32> {
     while let Some(event) = stream.next().await {
         match event {
             StreamEvent::Delta { tokens, .. } => ids.extend(tokens.iter().map(|token| token.id)),
-            StreamEvent::Done(_) => return ids,
+            StreamEvent::Done(..) => return ids,
             StreamEvent::Error(error) => panic!("{error}"),
             _ => {}
         }
