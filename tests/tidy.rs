@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 /// Top-level modules, and those of this crate that each may name.
-const MAY_KNOW: [(&str, &[&str]); 16] = [
+const MAY_KNOW: [(&str, &[&str]); 17] = [
     ("types", &[]),
     ("clock", &[]),
     ("config", &["types", "price"]),
     ("price", &["types"]),
+    ("meter", &["types"]),
     ("scheduler", &["types", "cache"]),
     ("cache", &["types"]),
     ("ops", &[]),
@@ -20,7 +21,19 @@ const MAY_KNOW: [(&str, &[&str]); 16] = [
     ("registry", &["types", "price", "model", "text"]),
     (
         "engine",
-        &["types", "clock", "scheduler", "cache", "model", "ops", "sampling", "text", "ledger"],
+        &[
+            "types",
+            "clock",
+            "scheduler",
+            "cache",
+            "model",
+            "ops",
+            "sampling",
+            "text",
+            "ledger",
+            "meter",
+            "price",
+        ],
     ),
     (
         "api",

@@ -85,6 +85,12 @@ impl ApiError {
         Self { code: Some("invalid_api_key"), ..error }
     }
 
+    pub fn forbidden() -> Self {
+        let message = "this key's role does not allow that; an operator's or administrator's does";
+        let error = Self::new(StatusCode::FORBIDDEN, "permission_error", message);
+        Self { code: Some("insufficient_role"), ..error }
+    }
+
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }

@@ -6,11 +6,12 @@ mod generate;
 mod record;
 mod request;
 mod tokens;
+mod utilization;
 
 use std::{sync::Arc, time::Duration};
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     extract::{DefaultBodyLimit, Path, State},
     http::StatusCode,
     response::{IntoResponse, Response},
@@ -20,10 +21,10 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use crate::{
-    admission::Door,
+    admission::{Caller, Door},
     clock::Clock,
-    engine::EngineHandle,
-    ledger::Ledger,
+    engine::{EngineHandle, metering::Books},
+    ledger::{Ledger, book::Role},
     telemetry::Metrics,
     text::{ChatTemplate, Tokenizer},
     types::ModelId,
@@ -51,6 +52,8 @@ pub struct AppState {
     pub clock: Clock,
     pub door: Door,
     pub ledger: Ledger,
+    /// Who used the device.
+    pub books: Books,
     pub choices_max: u32,
     pub logprobs_top_max: u32,
     /// Longest output of one choice.
@@ -68,8 +71,13 @@ pub fn router(state: Arc<AppState>, body_bytes_max: usize) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{id}", get(model))
         .route_layer(axum::middleware::from_fn_with_state(state.clone(), check_key));
+    let operators = Router::new()
+        .route("/admin/v1/gpu/utilization", get(utilization::utilization))
+        .route_layer(axum::middleware::from_fn(check_operator))
+        .route_layer(axum::middleware::from_fn_with_state(state.clone(), check_key));
     Router::new()
         .merge(keyed)
+        .merge(operators)
         .route("/health", get(|| async { "ok" }))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
@@ -125,6 +133,18 @@ async fn check_key(
         }
         Err(denied) => ApiError::from(denied).into_response(),
     }
+}
+
+/// What concerns all tenants is for operators.
+async fn check_operator(
+    Extension(caller): Extension<Caller>,
+    request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> Response {
+    if caller.role >= Role::Operator {
+        return next.run(request).await;
+    }
+    ApiError::forbidden().into_response()
 }
 
 async fn ready(State(state): State<Arc<AppState>>) -> Response {

@@ -94,6 +94,7 @@ pub fn assemble(
         stream_buffer_events_max: spec.stream_buffer_events_max,
         client_stall_max: spec.client_stall_max,
         eos_token_ids: config.eos_token_ids.clone(),
+        sliding_window: config.window(),
     };
     let runtime = RuntimeLimits {
         step_tokens_max: spec.step_tokens_max,

@@ -8,6 +8,7 @@ pub mod device;
 pub mod handle;
 pub mod inputs;
 mod live;
+pub mod metering;
 pub mod output;
 pub mod request;
 mod run;

@@ -8,7 +8,7 @@ use std::{
     sync::{
         Arc, RwLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, sync_channel},
     },
     thread::JoinHandle,
     time::Duration,
@@ -18,6 +18,7 @@ use crate::{
     cache::BlockKey,
     clock::Clock,
     ledger::EndCause,
+    meter::{self, Owner, StepWork, Tokens},
     sampling::TokenLogprobs,
     scheduler::{Limits, Scheduler, SeqSpec, StepPlan},
     text::Tokenizer,
@@ -30,6 +31,7 @@ use super::{
     handle::{EngineHandle, Shared},
     inputs,
     live::{Ended, Live, Lost},
+    metering::{Books, Metering, StepRecord, blocks_of, keep_books},
     request::RequestError,
     snapshot::EngineSnapshot,
 };
@@ -53,12 +55,16 @@ pub struct EngineOptions {
     pub stream_buffer_events_max: usize,
     pub client_stall_max: Duration,
     pub eos_token_ids: Vec<TokenId>,
+    /// Of the model's attention, for what a step costs.
+    pub sliding_window: Option<usize>,
 }
 
 /// A running engine thread.
 pub struct EngineThread {
     pub handle: EngineHandle,
     pub thread: JoinHandle<()>,
+    /// Who used the device.
+    pub books: Books,
 }
 
 /// Starts the thread; `make` builds the device on it, and its error is returned here.
@@ -80,6 +86,8 @@ pub fn start<D: Device>(
         draining: AtomicBool::new(false),
         alive: AtomicBool::new(true),
     });
+    let kept = keep_books(clock.now_ns()).map_err(|error| DeviceError(error.to_string()))?;
+    let (books, records, _) = kept;
     let (inbox, events) = sync_channel(options.waiting_requests_max + 16);
     let handle = EngineHandle { inbox, shared: shared.clone() };
     let (ready, made) = sync_channel(1);
@@ -93,16 +101,17 @@ pub fn start<D: Device>(
             }
         };
         let _ = ready.send(Ok(()));
-        Engine::new(options, tokenizer, clock, device, shared).run(&events);
+        Engine::new(options, tokenizer, clock, device, shared, records).run(&events);
     });
     let thread = thread.map_err(|error: io::Error| DeviceError(error.to_string()))?;
     made.recv().unwrap_or_else(|_| Err(DeviceError("the engine thread died".into())))?;
-    Ok(EngineThread { handle, thread })
+    Ok(EngineThread { handle, thread, books })
 }
 
 /// A launched step, and what its results mean.
 struct InFlight {
     plan: StepPlan,
+    work: StepWork,
     /// Request of every score, in order.
     scores: Vec<SeqId>,
 }
@@ -119,6 +128,11 @@ struct Engine<D> {
     /// Sequence to request and choice index.
     owners: HashMap<SeqId, (SeqId, usize)>,
     in_flight: VecDeque<InFlight>,
+    metering: Metering,
+    books: Sender<StepRecord>,
+    /// Used since the last record.
+    used: Vec<(Owner, Tokens)>,
+    recorded_ns: u64,
     next_seq: u64,
     counters: EngineSnapshot,
     stopping: bool,
@@ -131,7 +145,9 @@ impl<D: Device> Engine<D> {
         clock: Clock,
         device: D,
         shared: Arc<Shared>,
+        books: Sender<StepRecord>,
     ) -> Self {
+        let metering = Metering::new(options.sliding_window);
         let scheduler = Scheduler::new(options.limits, options.kv_blocks);
         let engine = Self {
             options,
@@ -143,6 +159,10 @@ impl<D: Device> Engine<D> {
             live: HashMap::new(),
             owners: HashMap::new(),
             in_flight: VecDeque::new(),
+            metering,
+            books,
+            used: Vec::new(),
+            recorded_ns: 0,
             next_seq: 0,
             counters: EngineSnapshot::default(),
             stopping: false,
@@ -246,7 +266,8 @@ impl<D: Device> Engine<D> {
         }
         self.device.launch(&step)?;
         self.counters.steps += 1;
-        self.in_flight.push_back(InFlight { plan, scores });
+        let work = self.metering.work(&plan);
+        self.in_flight.push_back(InFlight { plan, work, scores });
         Ok(())
     }
 
@@ -300,6 +321,7 @@ impl<D: Device> Engine<D> {
 
     fn commit(&mut self, step: InFlight, outcome: DeviceOutcome) {
         self.counters.device_busy_ns += outcome.device_ns;
+        let step_time = self.charge_device(step.work, outcome.device_ns);
         for (owner, score) in step.scores.into_iter().zip(outcome.scores) {
             if let Some(live) = self.live.get_mut(&owner) {
                 live.add_score(score);
@@ -315,6 +337,38 @@ impl<D: Device> Engine<D> {
                 }
             }
         }
+        self.record(step_time);
+    }
+
+    /// Charges every request its part of a step, and says how the step is to be booked.
+    fn charge_device(&mut self, work: StepWork, device_ns: u64) -> meter::DeviceStep {
+        let owners = &self.owners;
+        let (shares, overhead_ns) =
+            self.metering.commit(work, device_ns, |seq| owners.contains_key(&seq));
+        let mut owned_ns = Vec::with_capacity(shares.len());
+        for share in shares {
+            let owner = owners.get(&share.seq).map(|(owner, _)| *owner);
+            let Some(live) = owner.and_then(|owner| self.live.get_mut(&owner)) else { continue };
+            live.lease.use_device(share.device_ns, share.bound_ns);
+            owned_ns.push((live.owner.clone(), share.device_ns));
+        }
+        meter::DeviceStep { end_ns: self.clock.now_ns(), owned_ns, overhead_ns }
+    }
+
+    /// Books a step and what was used since the one before.
+    fn record(&mut self, step: meter::DeviceStep) {
+        for live in self.live.values_mut() {
+            self.used.extend(live.take_unbooked());
+        }
+        let seqs = self
+            .live
+            .values()
+            .flat_map(|live| live.choices.iter().map(|choice| (choice.seq, live.owner.clone())));
+        let blocks = blocks_of(&self.scheduler, seqs);
+        let blocks_from_ns = std::mem::replace(&mut self.recorded_ns, step.end_ns);
+        let tokens = std::mem::take(&mut self.used);
+        // Books that are gone are of a server that ends.
+        let _ = self.books.send(StepRecord { step, tokens, blocks, blocks_from_ns });
     }
 
     /// Rows up to `end` are computed; ends a request that wants no output.
@@ -360,8 +414,9 @@ impl<D: Device> Engine<D> {
 
     fn close_if_done(&mut self, owner: SeqId) {
         if self.live.get(&owner).is_some_and(Live::is_done)
-            && let Some(live) = self.live.remove(&owner)
+            && let Some(mut live) = self.live.remove(&owner)
         {
+            self.used.extend(live.take_unbooked());
             self.counters.prompt_tokens += live.prompt_tokens();
             live.close();
         }
@@ -371,6 +426,10 @@ impl<D: Device> Engine<D> {
     fn settle_leases(&mut self) {
         let mut ended = Vec::new();
         for (owner, live) in &mut self.live {
+            if live.lease.bills_device() {
+                let (seq, context) = live.longest(&self.scheduler);
+                live.lease.bound_token(self.metering.token_bound_ns(seq, context));
+            }
             live.lease.renew(live.live_sequences(), live.in_flight);
             if let Some(cause) = live.lease.end(live.in_flight) {
                 ended.push((*owner, cause));
@@ -399,7 +458,8 @@ impl<D: Device> Engine<D> {
 
     /// Ends a whole request early.
     fn abort(&mut self, owner: SeqId, reason: FinishReason, error: Option<RequestError>) {
-        let Some(live) = self.live.remove(&owner) else { return };
+        let Some(mut live) = self.live.remove(&owner) else { return };
+        self.used.extend(live.take_unbooked());
         if !live.admitted {
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         }
@@ -475,7 +535,7 @@ impl<D: Device> Engine<D> {
         for (index, seq) in seqs.iter().enumerate() {
             self.owners.insert(*seq, (owner, index));
         }
-        let live = Live::new(submission, &seqs, &self.tokenizer);
+        let live = Live::new(submission, &seqs, &self.tokenizer, &self.options.model);
         self.scheduler.add(SeqSpec {
             choices: seqs,
             prompt: live.request.prompt.clone(),

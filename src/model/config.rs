@@ -91,6 +91,12 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// How far back attention sees at most; `None` where any layer sees everything.
+    pub fn window(&self) -> Option<usize> {
+        let windows: Option<Vec<usize>> = self.layer_windows.iter().copied().collect();
+        windows?.into_iter().max()
+    }
+
     /// Columns of the fused q, k, v.
     pub fn qkv_cols(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
