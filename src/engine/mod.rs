@@ -5,6 +5,7 @@
 //! before the last one is committed.
 
 pub mod device;
+mod ending;
 pub mod handle;
 pub mod inputs;
 mod live;
@@ -13,6 +14,7 @@ pub mod output;
 pub mod request;
 mod run;
 pub mod snapshot;
+mod step;
 
 pub use handle::{EngineHandle, RequestStream};
 pub use live::ENOUGH_TOKENS;
