@@ -13,8 +13,8 @@ use std::{
 
 use crate::{
     meter::{
-        Account, AccountLimits, Coefficients, DeviceStep, Overhead, Owner, SeqWork, StepModel,
-        StepWork, Tokens, split,
+        Account, AccountLimits, Coefficients, DeviceStep, Overhead, Owner, Sample, SeqWork,
+        StepModel, StepWork, Tokens, split,
     },
     scheduler::{Scheduler, StepPlan},
     types::SeqId,
@@ -86,6 +86,22 @@ impl Metering {
         let first = Coefficients::new(FIRST_TERMS_NS).expect("no negative term");
         let window = window.and_then(|window| u32::try_from(window).ok());
         Self { model: StepModel::new(first), window }
+    }
+
+    pub fn window(&self) -> Option<u32> {
+        self.window
+    }
+
+    /// Learns from steps that were timed for that. Too few say nothing: then the steps of requests
+    /// teach it.
+    pub fn calibrate(&mut self, samples: &[Sample]) {
+        match self.model.calibrate(samples) {
+            Ok(()) => {
+                let terms_ns = self.model.coefficients().terms_ns();
+                tracing::info!(samples = samples.len(), ?terms_ns, "step times calibrated");
+            }
+            Err(error) => tracing::info!(%error, "step times are learned from requests"),
+        }
     }
 
     /// What a plan asks of the device.

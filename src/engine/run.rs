@@ -15,6 +15,7 @@ use std::{
 
 use super::{
     Event, Submission,
+    calibrate::measure,
     device::{Device, DeviceError},
     handle::{EngineHandle, Shared},
     live::Live,
@@ -25,7 +26,7 @@ use super::{
 use crate::{
     cache::BlockKey,
     clock::Clock,
-    meter::{Owner, StepWork, Tokens},
+    meter::{DeviceStep, Overhead, Owner, StepWork, Tokens},
     scheduler::{Limits, Scheduler, SeqSpec, StepPlan},
     text::Tokenizer,
     types::{FinishReason, ModelId, SeqId, TokenId},
@@ -52,6 +53,8 @@ pub struct EngineOptions {
     pub eos_token_ids: Vec<TokenId>,
     /// Of the model's attention, for what a step costs.
     pub sliding_window: Option<usize>,
+    /// How long steps are timed before anyone is served; zero does without.
+    pub calibration: Duration,
 }
 
 /// A running engine thread.
@@ -87,16 +90,21 @@ pub fn start<D: Device>(
     let handle = EngineHandle { inbox, shared: shared.clone() };
     let (ready, made) = sync_channel(1);
     let thread = std::thread::Builder::new().name("candela-engine".into()).spawn(move || {
-        let device = match make() {
-            Ok(device) => device,
+        let engine = make().and_then(|device| {
+            let mut engine =
+                Engine::new(options, tokenizer, clock, device, shared.clone(), records);
+            engine.calibrate().map(|()| engine)
+        });
+        match engine {
+            Ok(engine) => {
+                let _ = ready.send(Ok(()));
+                engine.run(&events);
+            }
             Err(error) => {
                 shared.alive.store(false, Ordering::Release);
                 let _ = ready.send(Err(error));
-                return;
             }
-        };
-        let _ = ready.send(Ok(()));
-        Engine::new(options, tokenizer, clock, device, shared, records).run(&events);
+        }
     });
     let thread = thread.map_err(|error: io::Error| DeviceError(error.to_string()))?;
     made.recv().unwrap_or_else(|_| Err(DeviceError("the engine thread died".into())))?;
@@ -164,6 +172,28 @@ impl<D: Device> Engine<D> {
         };
         engine.publish();
         engine
+    }
+
+    /// Times steps; what that takes is the operator's.
+    fn calibrate(&mut self) -> Result<(), DeviceError> {
+        let options = &self.options;
+        if options.calibration.is_zero() {
+            return Ok(());
+        }
+        let samples = measure(
+            &mut self.device,
+            &options.limits,
+            options.kv_blocks,
+            self.metering.window(),
+            options.calibration,
+            &self.clock,
+        )?;
+        self.metering.calibrate(&samples);
+        let mut step = DeviceStep { end_ns: self.clock.now_ns(), ..DeviceStep::default() };
+        step.overhead_ns[Overhead::WarmUp as usize] =
+            samples.iter().map(|sample| sample.device_ns).sum();
+        self.record(step);
+        Ok(())
     }
 
     fn run(mut self, events: &Receiver<Event>) {
