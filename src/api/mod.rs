@@ -25,6 +25,7 @@ use crate::{
     clock::Clock,
     engine::{EngineHandle, metering::Books},
     ledger::{Ledger, book::Role},
+    meter::By,
     telemetry::Metrics,
     text::{ChatTemplate, Tokenizer},
     types::ModelId,
@@ -35,6 +36,8 @@ pub use error::ApiError;
 /// How much of a body that is too large is read before the refusal, and how long.
 const DISCARDED_BYTES_MAX: usize = 64 << 20;
 const DISCARD_TIME_MAX: Duration = Duration::from_secs(10);
+/// What shares of the device's time in the metrics are of.
+const METRICS_WINDOW: Duration = Duration::from_secs(60);
 
 /// A model as it is served.
 pub struct ServedModel {
@@ -176,7 +179,9 @@ async fn openapi(State(state): State<Arc<AppState>>) -> Result<Json<serde_json::
 
 async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
-    match state.metrics.render(&state.model.engine.snapshot(), tasks) {
+    let window_ns = METRICS_WINDOW.as_nanos() as u64;
+    let device = state.books.lock().utilization(state.clock.now_ns(), window_ns, By::Tenant);
+    match state.metrics.render(&state.model.engine.snapshot(), tasks, &device) {
         Ok(text) => {
             ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
         }
