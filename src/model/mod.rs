@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod gguf;
+mod gguf_blocks;
 mod gguf_value;
 pub mod llama;
 pub mod load;
