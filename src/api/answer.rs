@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::{
     engine::{OutputToken, RequestUsage, StreamEvent},
     sampling::TokenLogprobs,
-    text::Tokenizer,
+    text::{Lead, Tokenizer},
     types::TokenId,
 };
 
@@ -43,7 +43,6 @@ pub struct Options {
     pub created_unix_s: u64,
     pub model: String,
     pub tokenizer: Tokenizer,
-    pub prompts: usize,
     /// Of each prompt.
     pub choices: u32,
     pub stream: bool,
@@ -51,6 +50,8 @@ pub struct Options {
     pub logprobs: bool,
     /// One a prompt, if prompts are repeated.
     pub echoes: Option<Vec<Echo>>,
+    /// One a prompt: what the text of its choices loses at its start.
+    pub leads: Vec<Lead>,
 }
 
 /// Follows the events of one request.
@@ -71,6 +72,8 @@ struct Choice {
     finish: Option<&'static str>,
     /// Characters that tokens so far have begun.
     characters: usize,
+    /// What their text may still lose.
+    lead: Lead,
     echoed: bool,
 }
 
@@ -78,8 +81,11 @@ impl Answer {
     pub fn new(options: Options) -> Self {
         let prefix = if options.shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
         let id = format!("{prefix}-{}", uuid::Uuid::new_v4().simple());
-        let mut choices = Vec::new();
-        choices.resize_with(options.prompts * options.choices as usize, Choice::default);
+        let of_prompt = |lead: &Lead| {
+            let choice = |_| Choice { lead: *lead, ..Choice::default() };
+            (0..options.choices).map(choice).collect::<Vec<_>>()
+        };
+        let choices = options.leads.iter().flat_map(of_prompt).collect();
         Self { options, id, choices, usage: RequestUsage::default(), prompts_done: 0, error: None }
     }
 
@@ -97,7 +103,7 @@ impl Answer {
 
     /// Whether nothing more is to come.
     pub fn is_complete(&self) -> bool {
-        self.prompts_done == self.options.prompts || self.error.is_some()
+        self.prompts_done == self.options.leads.len() || self.error.is_some()
     }
 
     /// Why it ended early.
@@ -282,10 +288,10 @@ impl Answer {
             Shape::Completion => {
                 let (mut texts, mut offsets) = (Vec::new(), Vec::new());
                 let (mut chosen, mut tops) = (Vec::new(), Vec::new());
-                let characters = &mut self.choices[index].characters;
+                let Choice { characters, lead, .. } = &mut self.choices[index];
                 for token in tokens {
                     texts.push(label(tokenizer, token.id, "bytes:"));
-                    let bytes = tokenizer.token_bytes(token.id);
+                    let bytes = tokenizer.piece(token.id, lead);
                     let continues = bytes.first().is_some_and(|byte| !begins(*byte));
                     offsets.push(characters.saturating_sub(usize::from(continues)));
                     *characters += bytes.iter().filter(|byte| begins(**byte)).count();

@@ -137,6 +137,8 @@ fn prepare(
         prompt_logprobs: logprobs.filter(|_| echo),
     });
     let requests: Vec<_> = requests.collect();
+    let lead = |(ids, _): &(Vec<u32>, _)| model.tokenizer.lead_after(if echo { &[] } else { ids });
+    let leads = prompts.iter().map(lead).collect();
     let echoes = echo.then(|| {
         let texts = prompts.into_iter().map(|(ids, text)| Echo {
             text: text.unwrap_or_else(|| model.tokenizer.decode(&ids)),
@@ -149,12 +151,12 @@ fn prepare(
         created_unix_s: state.clock.unix_s(),
         model: model.id.as_str().to_owned(),
         tokenizer: model.tokenizer.clone(),
-        prompts: requests.len(),
         choices,
         stream,
         include_usage,
         logprobs: logprobs.is_some(),
         echoes,
+        leads,
     });
     Ok((requests, answer))
 }

@@ -484,7 +484,7 @@ impl<D: Device> Engine<D> {
         });
         let choices = seqs.into_iter().map(|seq| Choice {
             seq,
-            output: ChoiceOutput::new(&self.tokenizer, request.stop.clone()),
+            output: ChoiceOutput::new(&self.tokenizer, &request.prompt, request.stop.clone()),
             done: false,
         });
         let usage =
