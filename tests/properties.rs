@@ -109,7 +109,7 @@ fn gguf_file() -> Vec<u8> {
     let mut out = b"GGUF".to_vec();
     out.extend(3u32.to_le_bytes());
     out.extend(2u64.to_le_bytes());
-    out.extend(4u64.to_le_bytes());
+    out.extend(6u64.to_le_bytes());
     text(&mut out, "general.architecture");
     out.extend(8u32.to_le_bytes());
     text(&mut out, "llama");
@@ -126,6 +126,18 @@ fn gguf_file() -> Vec<u8> {
     out.extend([9u32, 5].map(u32::to_le_bytes).concat());
     out.extend(3u64.to_le_bytes());
     out.extend([1i32, 3, 1].map(i32::to_le_bytes).concat());
+    text(&mut out, "scores");
+    out.extend([9u32, 6].map(u32::to_le_bytes).concat());
+    out.extend(2u64.to_le_bytes());
+    out.extend([-1.5f32, 0.0].map(f32::to_le_bytes).concat());
+    text(&mut out, "lists");
+    out.extend([9u32, 9].map(u32::to_le_bytes).concat());
+    out.extend(2u64.to_le_bytes());
+    out.extend(7u32.to_le_bytes());
+    out.extend(2u64.to_le_bytes());
+    out.extend([0, 1]);
+    out.extend(8u32.to_le_bytes());
+    out.extend(0u64.to_le_bytes());
     for (name, offset) in [("x.weight", 0u64), ("y.weight", 64)] {
         text(&mut out, name);
         out.extend(2u32.to_le_bytes());
@@ -154,8 +166,32 @@ fn sound(mut ranges: Vec<std::ops::Range<usize>>, len: usize) -> bool {
 
 #[test]
 fn the_undamaged_files_are_read() {
-    assert_eq!(Gguf::parse(&gguf_file()).expect("reads").tensors.len(), 2);
+    let gguf = Gguf::parse(&gguf_file()).expect("reads");
+    assert_eq!(gguf.tensors.len(), 2);
+    assert_eq!(gguf.get_u32("llama.block_count"), Some(2));
+    assert_eq!(gguf.get_str_array("tokens"), Some(vec!["a", "bc", "def"]));
+    assert_eq!(gguf.get_i32_array("types"), Some(vec![1, 3, 1]));
+    assert_eq!(gguf.get_f32_array("scores"), Some(vec![-1.5, 0.0]));
+    for key in ["types", "lists", "llama.block_count", "absent"] {
+        assert_eq!((gguf.get_str_array(key), gguf.get_f32_array(key)), (None, None), "{key}");
+    }
     assert_eq!(safetensors::parse(&safetensors_file()).expect("reads").len(), 2);
+}
+
+/// Vocabularies have hundreds of thousands of values: an array takes what the file has of it.
+#[test]
+fn long_arrays_stay_compact() {
+    const VALUES: u64 = 200_000;
+    for (kind, value) in [(0u32, &b"\x01"[..]), (6, b"\0\0\x80\x3f"), (8, b"\x01\0\0\0\0\0\0\0a")] {
+        let mut file = [&b"GGUF"[..], &3u32.to_le_bytes(), &0u64.to_le_bytes()].concat();
+        file.extend([&1u64.to_le_bytes()[..], &1u64.to_le_bytes(), b"k"].concat());
+        file.extend([9, kind].map(u32::to_le_bytes).concat());
+        file.extend(VALUES.to_le_bytes());
+        file.extend(value.repeat(VALUES as usize));
+        let (parsed, largest) = largest(|| Gguf::parse(&file));
+        assert!(parsed.expect("reads").metadata("k").is_some());
+        assert!(largest <= file.len() + 64, "type {kind}: {largest} bytes of {}", file.len());
+    }
 }
 
 fn config() -> ProptestConfig {

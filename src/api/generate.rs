@@ -224,6 +224,8 @@ fn prepare(
         (request, opening)
     });
     let requests: Vec<_> = requests.collect();
+    let lead = |(ids, _): &(Vec<u32>, _)| model.tokenizer.lead_after(if echo { &[] } else { ids });
+    let leads = prompts.iter().map(lead).collect();
     let echoes = echo.then(|| {
         let texts = prompts.into_iter().map(|(ids, text)| Echo {
             text: text.unwrap_or_else(|| model.tokenizer.decode(&ids)),
@@ -243,6 +245,7 @@ fn prepare(
         continuous_usage,
         logprobs: logprobs.is_some(),
         echoes,
+        leads,
     });
     Ok(Prepared { requests, answer })
 }

@@ -140,9 +140,11 @@ fn gguf_text(path: &Path) -> Result<(WeightFiles, Tokenizer, Option<ChatTemplate
         pre: text("tokenizer.ggml.pre"),
         tokens: strings("tokenizer.ggml.tokens"),
         merges: strings("tokenizer.ggml.merges"),
+        scores: header.get_f32_array("tokenizer.ggml.scores").unwrap_or_default(),
         token_types: header.get_i32_array("tokenizer.ggml.token_type").unwrap_or_default(),
         bos,
-        add_bos: header.get_bool("tokenizer.ggml.add_bos_token").unwrap_or(false),
+        add_bos: header.get_bool("tokenizer.ggml.add_bos_token"),
+        add_space_prefix: header.get_bool("tokenizer.ggml.add_space_prefix"),
     };
     let tokenizer = Tokenizer::from_gguf(&vocab)?;
     let literal = |id: Option<u32>| id.map(|id| tokenizer.token_text(id));

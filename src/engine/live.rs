@@ -79,7 +79,7 @@ impl Live {
         let choices = seqs.iter().map(|seq| Choice {
             seq: *seq,
             done: false,
-            output: ChoiceOutput::new(tokenizer, request.stop.clone()),
+            output: ChoiceOutput::new(tokenizer, &request.prompt, request.stop.clone()),
         });
         Self {
             choices: choices.collect(),
