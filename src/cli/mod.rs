@@ -3,6 +3,7 @@
 pub mod assemble;
 pub mod bench;
 mod doctor;
+mod ledger;
 pub mod logging;
 pub mod machine;
 pub mod net;
@@ -49,6 +50,8 @@ enum Command {
     Doctor(Box<Settings>),
     /// Load any OpenAI-compatible server and measure its latency and throughput
     Bench(Box<bench::BenchArgs>),
+    /// Check, back up or restore the ledger
+    Ledger(ledger::LedgerArgs),
     /// Print the version
     Version,
 }
@@ -71,6 +74,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Pull(args) => pull::pull(args),
         Command::Doctor(settings) => doctor::doctor(*settings),
         Command::Bench(args) => bench::bench(*args),
+        Command::Ledger(args) => ledger::ledger(args),
         Command::Version => {
             writeln!(std::io::stdout(), "candela {}", env!("CARGO_PKG_VERSION"))?;
             Ok(ExitCode::SUCCESS)
