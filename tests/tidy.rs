@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Top-level modules, and those of this crate that each may name.
-const MAY_KNOW: [(&str, &[&str]); 16] = [
+const MAY_KNOW: [(&str, &[&str]); 17] = [
     ("types", &[]),
     ("clock", &[]),
     ("config", &["types", "price"]),
@@ -17,6 +17,7 @@ const MAY_KNOW: [(&str, &[&str]); 16] = [
     ("telemetry", &["engine"]),
     ("admission", &["types", "clock", "price", "ledger"]),
     ("ledger", &["types", "clock", "price"]),
+    ("admin", &["types", "price", "ledger"]),
     ("registry", &["types", "price", "model", "text"]),
     (
         "engine",
@@ -28,6 +29,7 @@ const MAY_KNOW: [(&str, &[&str]); 16] = [
             "types",
             "clock",
             "admission",
+            "admin",
             "ledger",
             "text",
             "registry",
