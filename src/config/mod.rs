@@ -97,3 +97,11 @@ impl Sources {
         validate::sources(&merged)
     }
 }
+
+impl LedgerPlace {
+    /// As [`Config::load`] for a command that works on a ledger and serves nothing.
+    pub fn load(settings: Settings) -> Result<Self, ConfigError> {
+        let (merged, _) = file::merge(settings)?;
+        validate::ledger(&merged)
+    }
+}
