@@ -15,6 +15,8 @@ pub mod cli;
 pub mod api;
 /// Tokenizer, chat template, incremental detokenizer, stop strings.
 pub mod text;
+/// What operators do, for REST and the command line.
+pub mod admin;
 /// Metrics for Prometheus.
 pub mod telemetry;
 /// Who may enter.

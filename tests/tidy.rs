@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Top-level modules, and those of this crate that each may name.
-const MAY_KNOW: [(&str, &[&str]); 17] = [
+const MAY_KNOW: [(&str, &[&str]); 18] = [
     ("types", &[]),
     ("clock", &[]),
     ("config", &["types", "price"]),
@@ -18,6 +18,7 @@ const MAY_KNOW: [(&str, &[&str]); 17] = [
     ("telemetry", &["engine", "meter"]),
     ("admission", &["types", "clock", "price", "ledger"]),
     ("ledger", &["types", "clock", "price"]),
+    ("admin", &["types", "price", "ledger"]),
     ("registry", &["types", "price", "model", "text"]),
     (
         "engine",
@@ -41,6 +42,7 @@ const MAY_KNOW: [(&str, &[&str]); 17] = [
             "types",
             "clock",
             "admission",
+            "admin",
             "ledger",
             "meter",
             "text",

@@ -7,6 +7,7 @@ use candela::{
     cli::assemble::{EngineSpec, assemble},
     clock::Clock,
     engine::{GenerateRequest, StopParams, StreamEvent},
+    ledger::Lease,
     registry::ModelSource,
     sampling::SamplingParams,
     text::{ChatMessage, Detokenizer, GgufVocab, TextError, Tokenizer},
@@ -301,6 +302,7 @@ async fn a_sentencepiece_model_is_served() {
         pipeline_depth: 1,
         stream_buffer_events_max: 64,
         client_stall_max: Duration::from_secs(60),
+        calibration: Duration::ZERO,
     };
     let model = assemble(&ModelId::new("m"), &ModelSource::Gguf { path }, &spec, Clock::system());
     let model = model.expect("assembles");
@@ -331,7 +333,8 @@ async fn a_sentencepiece_model_is_served() {
             stop: StopParams { max_tokens: 3, ..Default::default() },
             prompt_logprobs: None,
         };
-        let mut stream = model.engine.handle.submit(request).expect("submitted");
+        let mut stream =
+            model.engine.handle.submit(request, Lease::unlimited()).expect("submitted");
         let mut out = std::string::String::new();
         while let Some(event) = stream.next().await {
             match event {

@@ -100,14 +100,14 @@ async fn answer(
 }
 
 /// What the headers say about money.
-struct Money {
+pub(super) struct Money {
     cap: Option<NanoUsd>,
     /// The key, and the hash of the body it stands for.
     idempotency: Option<(String, [u8; 32])>,
 }
 
 impl Money {
-    fn of_headers(headers: &HeaderMap, body: &[u8]) -> Result<Self, ApiError> {
+    pub(super) fn of_headers(headers: &HeaderMap, body: &[u8]) -> Result<Self, ApiError> {
         let text = |name: &'static str| {
             let value = headers.get(name).map(|value| value.to_str());
             value
@@ -133,12 +133,12 @@ impl Money {
 }
 
 /// A call that was read and checked: one request a prompt.
-struct Prepared {
-    requests: Vec<(GenerateRequest, Opening)>,
+pub(super) struct Prepared {
+    pub requests: Vec<(GenerateRequest, Opening)>,
     answer: Answer,
 }
 
-fn prepare(
+pub(super) fn prepare(
     state: &AppState,
     record: &Record,
     caller: Caller,

@@ -1,7 +1,9 @@
 //! HTTP: OpenAI's API over an engine.
 
+mod admin;
 mod answer;
 mod error;
+mod estimate;
 mod generate;
 mod record;
 mod request;
@@ -24,7 +26,7 @@ use crate::{
     admission::{Caller, Door},
     clock::Clock,
     engine::{EngineHandle, metering::Books},
-    ledger::{Ledger, book::Role},
+    ledger::{Ledger, Reader, book::Role},
     meter::By,
     telemetry::Metrics,
     text::{ChatTemplate, Tokenizer},
@@ -57,6 +59,7 @@ pub struct AppState {
     pub ledger: Ledger,
     /// Who used the device.
     pub books: Books,
+    pub reader: Reader,
     pub choices_max: u32,
     pub logprobs_top_max: u32,
     /// Longest output of one choice.
@@ -71,8 +74,10 @@ pub fn router(state: Arc<AppState>, body_bytes_max: usize) -> Router {
         .route("/v1/completions", post(generate::completions))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route("/v1/cost/estimate", post(estimate::estimate))
         .route("/v1/models", get(models))
         .route("/v1/models/{id}", get(model))
+        .merge(admin::routes())
         .route_layer(axum::middleware::from_fn_with_state(state.clone(), check_key));
     let operators = Router::new()
         .route("/admin/v1/gpu/utilization", get(utilization::utilization))
@@ -147,7 +152,7 @@ async fn check_operator(
     if caller.role >= Role::Operator {
         return next.run(request).await;
     }
-    ApiError::forbidden().into_response()
+    ApiError::role(Role::Operator).into_response()
 }
 
 async fn ready(State(state): State<Arc<AppState>>) -> Response {
@@ -161,6 +166,7 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
 async fn openapi(State(state): State<Arc<AppState>>) -> Result<Json<serde_json::Value>, ApiError> {
     let mut document: serde_json::Value = serde_json::from_str(include_str!("openapi.json"))
         .map_err(|error| ApiError::internal(error.to_string()))?;
+    admin::describe(&mut document);
     document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
     let schemas = &mut document["components"]["schemas"];
     schemas["ModelId"]["enum"] = json!([state.model.id.as_str()]);

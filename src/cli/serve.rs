@@ -64,6 +64,7 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
         door: Door::new(books.clone(), clock.clone(), anonymous(&config)),
         ledger: books.clone(),
         books: model.engine.books,
+        reader: ledger.reader.clone(),
         clock,
         choices_max: config.choices_max.min(config.running_seqs_max) as u32,
         logprobs_top_max: config.logprobs_top_max as u32,
