@@ -3,6 +3,7 @@
 mod detokenizer;
 mod gguf;
 mod pieces;
+mod special;
 mod stop;
 mod template;
 mod tokenizer;
