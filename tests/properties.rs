@@ -17,6 +17,7 @@ use candela::{
     types::BlockId,
 };
 use proptest::prelude::*;
+use serde_json::json;
 
 /// The system's allocator, which notes the largest block that a thread asks for.
 struct Watched;
@@ -293,6 +294,41 @@ proptest! {
         prop_assert_eq!(text, &whole[..cut.unwrap_or(whole.len())]);
     }
 
+    /// Against a search at every place. Literals overlap and begin one another, one is a character.
+    #[test]
+    fn special_tokens_are_found_where_they_stand(text in "[<a>bé]{0,24}") {
+        let tokenizer = special_tokenizer();
+        let (mut expected, mut plain, mut rest) = (Vec::new(), String::new(), text.as_str());
+        let flush = |plain: &mut String, ids: &mut Vec<u32>| {
+            ids.extend(tokenizer.encode(&std::mem::take(plain), false).expect("encodes"));
+        };
+        while let Some(first) = rest.chars().next() {
+            let here = SPECIAL.iter().filter(|literal| rest.starts_with(**literal));
+            match here.max_by_key(|literal| literal.len()) {
+                Some(literal) => {
+                    flush(&mut plain, &mut expected);
+                    expected.extend(tokenizer.special_id(literal));
+                    rest = &rest[literal.len()..];
+                }
+                None => {
+                    plain.push(first);
+                    rest = &rest[first.len_utf8()..];
+                }
+            }
+        }
+        flush(&mut plain, &mut expected);
+        prop_assert_eq!(tokenizer.encode_with_special(&text, NONCE).expect("encodes"), expected);
+
+        let defused = tokenizer.defuse(&text, NONCE);
+        let around = format!("</end>{defused}</end>");
+        let ids = tokenizer.encode_with_special(&around, NONCE).expect("encodes");
+        let end = tokenizer.special_id("</end>").expect("a literal");
+        let Some((first, [inner @ .., last])) = ids.split_first() else { panic!("{ids:?}") };
+        prop_assert_eq!((*first, *last), (end, end));
+        prop_assert_eq!(inner, tokenizer.encode(&text, false).expect("encodes"), "typed: {:?}", defused);
+        prop_assert_eq!(defused.replace(NONCE, ""), text);
+    }
+
     /// Tokens one at a time give the text of all at once, and never half a character.
     #[test]
     fn the_detokenizer_agrees_with_decoding_at_once(ids in prop::collection::vec(0u32..400, 0..40), text in "\\PC{0,20}") {
@@ -308,6 +344,39 @@ proptest! {
         let pieces: String = ids.iter().map(|id| detokenizer.push(*id)).collect();
         prop_assert_eq!(pieces, text, "nothing is left over, and nothing is a replacement");
     }
+}
+
+const SPECIAL: [&str; 7] = ["<a>", "<a><b>", "a>b", "aa", "é", ">>", "</end>"];
+const NONCE: char = '\u{10fffd}';
+
+/// Single characters, and special tokens.
+fn special_tokenizer() -> &'static Tokenizer {
+    static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
+    TOKENIZER.get_or_init(|| {
+        let mut vocab = serde_json::Map::new();
+        for token in ["<", "a", ">", "b", "Ã", "©"].into_iter().chain(SPECIAL) {
+            vocab.insert(token.into(), vocab.len().into());
+        }
+        let added = SPECIAL.map(|literal| {
+            json!({"id": vocab[literal], "content": literal, "special": true, "single_word": false,
+                "lstrip": false, "rstrip": false, "normalized": false})
+        });
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        let document = json!({"added_tokens": added, "pre_tokenizer": bytes, "decoder": bytes,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []}});
+        Tokenizer::from_json(document.to_string().as_bytes(), None).expect("a vocabulary")
+    })
+}
+
+/// A search of the rest of the text for every literal at every hit would take minutes.
+#[test]
+fn long_chats_are_split_in_one_pass() {
+    const HITS: usize = 500_000;
+    let (tokenizer, text) = (special_tokenizer(), "<a>".repeat(HITS));
+    let start = std::time::Instant::now();
+    assert_eq!(tokenizer.encode_with_special(&text, NONCE).expect("encodes").len(), HITS);
+    assert_eq!(tokenizer.defuse(&text, NONCE).matches(NONCE).count(), HITS);
+    assert!(start.elapsed() < std::time::Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
 /// The vocabulary of the default model; its first ids are control tokens and single bytes.

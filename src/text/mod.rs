@@ -4,6 +4,7 @@ mod detokenizer;
 mod gguf;
 mod pieces;
 mod sentence;
+mod special;
 mod stop;
 mod template;
 mod tokenizer;

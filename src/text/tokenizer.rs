@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{
     GgufVocab, TextError,
     pieces::{Lead, Pieces},
+    special::{Part, Special},
 };
 
 /// Clones share one vocabulary.
@@ -18,8 +19,7 @@ struct Inner {
     plain: tokenizers::Tokenizer,
     /// For text after a special token, where only the start of a text gets a space before it.
     continued: Option<tokenizers::Tokenizer>,
-    /// Special tokens, longest first.
-    special: Vec<(String, u32)>,
+    special: Special,
     pieces: Pieces,
     /// Raw bytes of every token; empty for special ones.
     bytes: Vec<Vec<u8>>,
@@ -60,12 +60,8 @@ impl Tokenizer {
             false => None,
         };
         let added = plain.get_added_tokens_decoder();
-        let mut special: Vec<(String, u32)> = added
-            .iter()
-            .filter(|(_, token)| token.special)
-            .map(|(id, token)| (token.content.clone(), *id))
-            .collect();
-        special.sort_by_key(|(text, _)| std::cmp::Reverse(text.len()));
+        let special = added.iter().filter(|(_, token)| token.special);
+        let special = Special::new(special.map(|(id, t)| (t.content.clone(), *id)).collect())?;
         let pieces = Pieces::new(&document.decoder)?;
         let bytes = (0..plain.get_vocab_size(true) as u32)
             .map(|id| match (added.get(&id), plain.id_to_token(id)) {
@@ -98,41 +94,23 @@ impl Tokenizer {
     /// Ids of a rendered template: its special tokens count, those marked with `nonce` do not.
     pub fn encode_with_special(&self, text: &str, nonce: char) -> Result<Vec<u32>, TextError> {
         let mut ids = Vec::new();
-        let plain = |at: usize, text: &str, ids: &mut Vec<u32>| -> Result<(), TextError> {
-            if !text.is_empty() {
-                let continued = self.0.continued.as_ref().filter(|_| at > 0);
-                let tokenizer = continued.unwrap_or(&self.0.plain);
-                let encoding = tokenizer.encode_fast(text.replace(nonce, ""), false);
-                ids.extend(encoding.map_err(failed)?.get_ids());
+        for part in self.0.special.split(text, nonce) {
+            match part {
+                Part::Token(id) => ids.push(id),
+                Part::Text(range) => {
+                    let continued = self.0.continued.as_ref().filter(|_| range.start > 0);
+                    let tokenizer = continued.unwrap_or(&self.0.plain);
+                    let encoding = tokenizer.encode_fast(text[range].replace(nonce, ""), false);
+                    ids.extend(encoding.map_err(failed)?.get_ids());
+                }
             }
-            Ok(())
-        };
-        let mut from = 0;
-        loop {
-            let rest = &text[from..];
-            let next = self.0.special.iter().filter_map(|(token, id)| {
-                rest.find(token.as_str()).map(|at| (at, std::cmp::Reverse(token.len()), *id))
-            });
-            let Some((at, std::cmp::Reverse(len), id)) = next.min() else {
-                plain(from, rest, &mut ids)?;
-                return Ok(ids);
-            };
-            plain(from, &rest[..at], &mut ids)?;
-            ids.push(id);
-            from += at + len;
         }
+        Ok(ids)
     }
 
     /// Breaks special-token literals with `nonce`, after their first character.
     pub fn defuse(&self, text: &str, nonce: char) -> String {
-        let mut text = text.replace(nonce, "");
-        for (token, _) in &self.0.special {
-            let mut characters = token.chars();
-            if let Some(first) = characters.next() {
-                text = text.replace(token, &format!("{first}{nonce}{}", characters.as_str()));
-            }
-        }
-        text
+        self.0.special.defuse(text, nonce)
     }
 
     /// Raw bytes of a token; empty for special ones and unknown ids.
@@ -142,19 +120,19 @@ impl Tokenizer {
 
     /// A token as text: its bytes where they are valid, the literal of a special token.
     pub fn token_text(&self, id: u32) -> String {
-        match self.0.special.iter().find(|(_, special)| *special == id) {
-            Some((text, _)) => text.clone(),
+        match self.0.special.literal(id) {
+            Some(literal) => literal.to_owned(),
             None => String::from_utf8_lossy(self.token_bytes(id)).into_owned(),
         }
     }
 
     /// The id of a special token's literal.
     pub fn special_id(&self, literal: &str) -> Option<u32> {
-        self.0.special.iter().find(|(text, _)| text == literal).map(|(_, id)| *id)
+        self.0.special.id(literal)
     }
 
     pub fn is_special(&self, id: u32) -> bool {
-        self.0.special.iter().any(|(_, special)| *special == id)
+        self.0.special.contains(id)
     }
 
     /// Text of ids, special tokens left out.
