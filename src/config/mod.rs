@@ -36,6 +36,14 @@ pub enum LedgerPlace {
     Postgres(Secret),
 }
 
+impl LedgerPlace {
+    /// As [`Config::load`] for a command that serves nothing: other settings are not judged.
+    pub fn load(settings: Settings) -> Result<Self, ConfigError> {
+        let (merged, _) = file::merge(settings)?;
+        validate::ledger(&merged)
+    }
+}
+
 /// Everything `candela serve` can be told, checked. A part receives the values it needs, never this.
 #[derive(Clone, Debug)]
 pub struct Config {

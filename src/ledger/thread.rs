@@ -384,8 +384,8 @@ impl Desk {
                     // Where the client has left meanwhile, dropping the lease closes the request.
                     let _ = reply.send(lease.map_err(LedgerError::Refused));
                 }
-                (Job::Extend { shared, .. }, Answer::Grant(grant)) => {
-                    shared.answer(grant.granted, grant.denied);
+                (Job::Extend { asked, shared }, Answer::Grant(grant)) => {
+                    shared.answer(grant.granted, grant.denied, asked.used.output);
                 }
                 (Job::Close(closing), Answer::Bill(bill)) => {
                     if let Some(closed) = closing.closed {

@@ -63,6 +63,11 @@ impl Db for Rig {
         self.inner.begin()
     }
 
+    fn begin_reading(&mut self) -> Result<(), DbError> {
+        self.reach()?;
+        self.inner.begin_reading()
+    }
+
     fn commit(&mut self) -> Result<(), DbError> {
         self.reach()?;
         self.inner.commit()?;

@@ -68,7 +68,8 @@ impl Book<'_> {
         }
         self.count(&scopes, self.now_ns, 0, hold)?;
         self.insert_request(opening, &chain, &terms, hold, replica)?;
-        Ok(Ok(Opened { chain, terms, granted: needed, cap, policy }))
+        let input_tokens = opening.input_tokens;
+        Ok(Ok(Opened { chain, terms, input_tokens, granted: needed, cap, policy }))
     }
 
     pub(super) fn account_of_key(&mut self, key: &KeyId) -> Result<Option<Account>, DbError> {
@@ -92,7 +93,10 @@ impl Book<'_> {
         Ok(Some(Account { chain, policy }))
     }
 
-    fn account_of_tenant(&mut self, tenant: &TenantId) -> Result<Option<Account>, DbError> {
+    pub(super) fn account_of_tenant(
+        &mut self,
+        tenant: &TenantId,
+    ) -> Result<Option<Account>, DbError> {
         let sql = "SELECT org_id, settings FROM tenant WHERE id = $1";
         let Some(row) = self.one(sql, &[tenant.as_str().into()])? else { return Ok(None) };
         let chain = Chain { org: OrgId::new(row.text(0)?), tenant: tenant.clone(), key: None };

@@ -1,8 +1,8 @@
 //! PostgreSQL, for several servers on one budget.
 //!
-//! Every transaction first takes one advisory lock, so that the writers of all servers follow one
-//! another and each sees what those before it committed. A lost connection is made anew at the next
-//! `begin`, with a back-off. No call waits longer than a limit, also where the server hangs.
+//! Every transaction that writes first takes one advisory lock, so that the writers of all servers follow one
+//! another and each sees what those before it committed. A lost connection is made anew when it is
+//! next needed, with a back-off. No call waits longer than a limit, also where the server hangs.
 
 mod error;
 mod value;
@@ -47,25 +47,34 @@ const BEGIN: &str = "
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 SELECT pg_advisory_xact_lock(27973149453020257);
 SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000000 AS BIGINT)";
+/// One snapshot, which waits for nobody.
+const BEGIN_READING: &str = "
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000000 AS BIGINT)";
+const NOW: &str = "SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000000 AS BIGINT)";
 /// Waits between attempts to connect: the first, and the longest.
 const BACK_OFF_MIN: Duration = Duration::from_millis(100);
 const BACK_OFF_MAX: Duration = Duration::from_secs(2);
 
 /// A connection to a database, and how to make it anew. It runs what it needs of tokio by itself, so
-/// it must be used and dropped outside of an async runtime.
+/// it must be used outside of async code: on a thread of its own, or one that may block.
 pub struct Postgres {
     config: Config,
     /// Host, port and database, for messages.
     target: String,
     clock: Clock,
-    runtime: Runtime,
+    runtime: Own,
     session: Option<Session>,
     back_off: BackOff,
+    in_transaction: bool,
     /// The server's time when the open transaction had the lock.
     begun_ns: Option<i64>,
     /// A statement failed: the server will not commit this transaction.
     failed: bool,
 }
+
+/// A runtime that may be dropped anywhere, by async code too.
+struct Own(Option<Runtime>);
 
 struct Session {
     client: Client,
@@ -94,9 +103,10 @@ impl Postgres {
             target: target(&config),
             config,
             clock,
-            runtime,
+            runtime: Own(Some(runtime)),
             session: None,
             back_off: BackOff::default(),
+            in_transaction: false,
             begun_ns: None,
             failed: false,
         };
@@ -109,7 +119,7 @@ impl Postgres {
         if now_ns < self.back_off.until_ns {
             return Err(DbError::Unavailable(self.back_off.last.clone()));
         }
-        let made = self.runtime.block_on(async {
+        let made = self.runtime.wait(async {
             timeout(CALL_MAX, connect(&self.config)).await.unwrap_or_else(|_| Err(Failure::late()))
         });
         match made {
@@ -130,26 +140,44 @@ impl Postgres {
         }
     }
 
-    fn start(&mut self) -> Result<(), DbError> {
-        let answer = self.call(async |session| session.client.simple_query(BEGIN).await)?;
+    fn begin_with(&mut self, statements: &'static str) -> Result<(), DbError> {
+        (self.in_transaction, self.failed) = (false, false);
+        let fresh = self.session.is_none();
+        let mut started = self.start(statements);
+        if started.is_err() && !fresh && self.session.is_none() {
+            // The server was restarted while nothing was asked of it: nothing is lost by it.
+            started = self.start(statements);
+        }
+        if started.is_err() {
+            self.rollback();
+        }
+        started
+    }
+
+    fn start(&mut self, statements: &'static str) -> Result<(), DbError> {
+        let answer = self.call(async |session| session.client.simple_query(statements).await)?;
         let time = answer.iter().rev().find_map(|message| match message {
             SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
             _ => None,
         });
         let time = time.ok_or_else(|| DbError::Corrupt("the server has no time".into()))?;
-        self.begun_ns = Some(time);
+        (self.in_transaction, self.begun_ns, self.failed) = (true, Some(time), false);
         Ok(())
     }
 
-    /// One call within [`CALL_MAX`]. A connection that was lost by it is dropped.
+    /// One call within [`CALL_MAX`]. A connection that was lost by it is dropped, and made anew by
+    /// the next call outside of a transaction.
     fn call<T>(
         &mut self,
         work: impl AsyncFnOnce(&mut Session) -> Result<T, Error>,
     ) -> Result<T, DbError> {
+        if self.session.is_none() && !self.in_transaction {
+            self.reconnect()?;
+        }
         let Some(session) = &mut self.session else {
             return Err(DbError::Unavailable("the connection was lost".into()));
         };
-        let done = self.runtime.block_on(async { timeout(CALL_MAX, work(session)).await });
+        let done = self.runtime.wait(async { timeout(CALL_MAX, work(session)).await });
         let failure = match done {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(error)) => Failure::of(&error, session.client.is_closed()),
@@ -163,6 +191,20 @@ impl Postgres {
     }
 }
 
+impl Own {
+    fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        self.0.as_ref().expect("is there until it is dropped").block_on(work)
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
 impl Drop for Session {
     fn drop(&mut self) {
         self.driver.abort();
@@ -171,22 +213,11 @@ impl Drop for Session {
 
 impl Db for Postgres {
     fn begin(&mut self) -> Result<(), DbError> {
-        let fresh = self.session.is_none();
-        if fresh {
-            self.reconnect()?;
-        }
-        self.failed = false;
-        let mut started = self.start();
-        if started.is_err() && !fresh && self.session.is_none() {
-            // The server was restarted while nothing was asked of it: nothing is lost by it.
-            self.reconnect()?;
-            self.failed = false;
-            started = self.start();
-        }
-        if started.is_err() {
-            self.rollback();
-        }
-        started
+        self.begin_with(BEGIN)
+    }
+
+    fn begin_reading(&mut self) -> Result<(), DbError> {
+        self.begin_with(BEGIN_READING)
     }
 
     fn commit(&mut self) -> Result<(), DbError> {
@@ -196,6 +227,7 @@ impl Db for Postgres {
             return Err(DbError::Unavailable("a statement of the transaction failed".into()));
         }
         let done = self.call(async |session| session.client.batch_execute("COMMIT").await);
+        self.in_transaction = false;
         match done {
             Err(error) if self.session.is_none() => Err(DbError::Uncertain(error.to_string())),
             other => other,
@@ -204,20 +236,27 @@ impl Db for Postgres {
 
     fn rollback(&mut self) {
         self.begun_ns = None;
-        if self.session.is_none() {
-            return;
+        if self.session.is_some() {
+            let done = self.call(async |session| session.client.batch_execute("ROLLBACK").await);
+            if done.is_err() {
+                self.session = None;
+            }
         }
-        let done = self.call(async |session| session.client.batch_execute("ROLLBACK").await);
-        if done.is_err() {
-            self.session = None;
-        }
+        self.in_transaction = false;
     }
 
     fn query(&mut self, sql: &'static str, values: &[Val]) -> Result<Vec<Row>, DbError> {
-        let rows = self.call(async |session| {
+        let ask = async |session: &mut Session| {
             let statement = session.statement(sql).await?;
             session.client.query(&statement, &parameters(values)).await
-        })?;
+        };
+        let fresh = self.session.is_none();
+        let mut rows = self.call(ask);
+        if rows.is_err() && !fresh && !self.in_transaction && self.session.is_none() {
+            // As at `begin`: what only reads may be asked for again.
+            rows = self.call(ask);
+        }
+        let rows = rows?;
         rows.iter().map(value::row).collect()
     }
 
@@ -236,8 +275,7 @@ impl Db for Postgres {
         if let Some(begun_ns) = self.begun_ns {
             return Ok(begun_ns);
         }
-        let sql = "SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000000 AS BIGINT)";
-        let rows = self.query(sql, &[])?;
+        let rows = self.query(NOW, &[])?;
         rows.first().map_or_else(|| Err(DbError::Corrupt("no time".into())), |row| row.int(0))
     }
 }
