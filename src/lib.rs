@@ -25,6 +25,8 @@ pub mod registry;
 pub mod price;
 /// The engine thread: plan, run, commit.
 pub mod engine;
+/// Device time and energy: who used what, and nothing lost; pure.
+pub mod meter;
 /// Queues and policy; pure.
 pub mod scheduler;
 /// KV block allocator and block keys; pure.

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 /// Top-level modules, and those of this crate that each may name.
-const MAY_KNOW: [(&str, &[&str]); 15] = [
+const MAY_KNOW: [(&str, &[&str]); 16] = [
     ("types", &[]),
     ("clock", &[]),
     ("config", &["types", "price"]),
     ("price", &["types"]),
+    ("meter", &["types"]),
     ("scheduler", &["types", "cache"]),
     ("cache", &["types"]),
     ("ops", &[]),
