@@ -27,6 +27,8 @@ pub mod price;
 pub mod engine;
 /// Device time and energy: who used what, and nothing lost; pure.
 pub mod meter;
+/// What NVIDIA's driver says about the GPUs.
+pub mod gpu;
 /// Queues and policy; pure.
 pub mod scheduler;
 /// KV block allocator and block keys; pure.
