@@ -31,6 +31,10 @@ pub mod ledger;
 pub mod meter;
 /// The engine thread: plan, run, commit.
 pub mod engine;
+/// Device time and energy: who used what, and nothing lost; pure.
+pub mod meter;
+/// What NVIDIA's driver says about the GPUs.
+pub mod gpu;
 /// Queues and policy; pure.
 pub mod scheduler;
 /// KV block allocator and block keys; pure.
