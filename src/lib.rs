@@ -27,6 +27,8 @@ pub mod registry;
 pub mod price;
 /// Accounts, budgets, holds and posts: every nano-USD, durable and provable.
 pub mod ledger;
+/// Device time and energy to those who used them; pure.
+pub mod meter;
 /// The engine thread: plan, run, commit.
 pub mod engine;
 /// Queues and policy; pure.

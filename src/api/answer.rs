@@ -4,11 +4,11 @@
 use serde_json::{Value, json};
 
 use crate::{
-    engine::{OutputToken, RequestUsage, StreamEvent},
+    engine::{OutputToken, RequestUsage, SoFar, StreamEvent},
     ledger::{Bill, EndCause},
     price::usd,
     sampling::TokenLogprobs,
-    text::Tokenizer,
+    text::{Lead, Tokenizer},
     types::{NanoUsd, TokenId},
 };
 
@@ -45,14 +45,19 @@ pub struct Options {
     pub created_unix_s: u64,
     pub model: String,
     pub tokenizer: Tokenizer,
-    pub prompts: usize,
+    /// Of each prompt.
+    pub prompt_tokens: Vec<u32>,
     /// Of each prompt.
     pub choices: u32,
     pub stream: bool,
     pub include_usage: bool,
+    /// Every chunk says what its request has used and owes so far.
+    pub continuous_usage: bool,
     pub logprobs: bool,
     /// One a prompt, if prompts are repeated.
     pub echoes: Option<Vec<Echo>>,
+    /// One a prompt: what the text of its choices loses at its start.
+    pub leads: Vec<Lead>,
 }
 
 /// Follows the events of one request.
@@ -63,6 +68,7 @@ pub struct Answer {
     usage: RequestUsage,
     /// One a prompt.
     bills: Vec<Bill>,
+    so_far: Vec<SoFar>,
     prompts_done: usize,
     error: Option<String>,
 }
@@ -77,6 +83,8 @@ struct Choice {
     stop_cause: Option<EndCause>,
     /// Characters that tokens so far have begun.
     characters: usize,
+    /// What their text may still lose.
+    lead: Lead,
     echoed: bool,
 }
 
@@ -84,10 +92,21 @@ impl Answer {
     pub fn new(options: Options) -> Self {
         let prefix = if options.shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
         let id = format!("{prefix}-{}", uuid::Uuid::new_v4().simple());
-        let mut choices = Vec::new();
-        choices.resize_with(options.prompts * options.choices as usize, Choice::default);
-        let usage = RequestUsage::default();
-        Self { options, id, choices, usage, bills: Vec::new(), prompts_done: 0, error: None }
+        let of_prompt = |lead: &Lead| {
+            let choice = |_| Choice { lead: *lead, ..Choice::default() };
+            (0..options.choices).map(choice).collect::<Vec<_>>()
+        };
+        let choices = options.leads.iter().flat_map(of_prompt).collect();
+        Self {
+            so_far: vec![SoFar::default(); options.prompt_tokens.len()],
+            options,
+            id,
+            choices,
+            usage: RequestUsage::default(),
+            bills: Vec::new(),
+            prompts_done: 0,
+            error: None,
+        }
     }
 
     pub fn model(&self) -> &str {
@@ -104,7 +123,7 @@ impl Answer {
 
     /// Whether nothing more is to come.
     pub fn is_complete(&self) -> bool {
-        self.prompts_done == self.options.prompts || self.error.is_some()
+        self.prompts_done == self.options.prompt_tokens.len() || self.error.is_some()
     }
 
     /// Why it ended early.
@@ -168,7 +187,8 @@ impl Answer {
                 all.clone().for_each(|index| self.echo(prompt, index, Some(&scores)));
                 all
             }
-            StreamEvent::Delta { choice, text, tokens } => {
+            StreamEvent::Delta { choice, text, tokens, so_far } => {
+                self.so_far[prompt] = so_far;
                 let index = first + choice as usize;
                 self.echo(prompt, index, None);
                 let choice = &mut self.choices[index];
@@ -251,7 +271,7 @@ impl Answer {
             "total_tokens": counts.prompt_tokens + counts.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
         });
-        if self.bills.len() == self.options.prompts {
+        if self.bills.len() == self.options.prompt_tokens.len() {
             let sum = |amount: fn(&Bill) -> NanoUsd| {
                 usd::format(NanoUsd(self.bills.iter().map(|bill| amount(bill).0).sum()))
             };
@@ -294,7 +314,16 @@ impl Answer {
             Shape::Completion => choice["text"] = text.into(),
         }
         let mut chunk = self.envelope(json!([choice]));
-        if self.options.include_usage {
+        if self.options.continuous_usage {
+            let prompt = index / self.options.choices as usize;
+            let (prompt_tokens, so_far) = (self.options.prompt_tokens[prompt], self.so_far[prompt]);
+            chunk["usage"] = json!({
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": so_far.completion_tokens,
+                "total_tokens": prompt_tokens + so_far.completion_tokens,
+                "cost": usd::format(so_far.cost),
+            });
+        } else if self.options.include_usage {
             chunk["usage"] = Value::Null;
         }
         chunk.to_string()
@@ -320,10 +349,10 @@ impl Answer {
             Shape::Completion => {
                 let (mut texts, mut offsets) = (Vec::new(), Vec::new());
                 let (mut chosen, mut tops) = (Vec::new(), Vec::new());
-                let characters = &mut self.choices[index].characters;
+                let Choice { characters, lead, .. } = &mut self.choices[index];
                 for token in tokens {
                     texts.push(label(tokenizer, token.id, "bytes:"));
-                    let bytes = tokenizer.token_bytes(token.id);
+                    let bytes = tokenizer.piece(token.id, lead);
                     let continues = bytes.first().is_some_and(|byte| !begins(*byte));
                     offsets.push(characters.saturating_sub(usize::from(continues)));
                     *characters += bytes.iter().filter(|byte| begins(**byte)).count();

@@ -157,7 +157,7 @@ pub(super) fn prepare(
     let cap = body.amount("max_cost_usd")?.into_iter().chain(money.cap).min();
     let (user_label, metadata) = body.labels()?;
     let stream = body.flag("stream")?;
-    let include_usage = body.include_usage(stream)?;
+    let (include_usage, continuous_usage) = body.usage_options(stream)?;
     let choices = body.integer("n", 1..=u64::from(state.choices_max))?.unwrap_or(1) as u32;
     let logprobs = body.logprobs(shape, state.logprobs_top_max)?;
     let mut sampling = body.sampling(model.tokenizer.vocab_size())?;
@@ -224,6 +224,8 @@ pub(super) fn prepare(
         (request, opening)
     });
     let requests: Vec<_> = requests.collect();
+    let lead = |(ids, _): &(Vec<u32>, _)| model.tokenizer.lead_after(if echo { &[] } else { ids });
+    let leads = prompts.iter().map(lead).collect();
     let echoes = echo.then(|| {
         let texts = prompts.into_iter().map(|(ids, text)| Echo {
             text: text.unwrap_or_else(|| model.tokenizer.decode(&ids)),
@@ -236,12 +238,14 @@ pub(super) fn prepare(
         created_unix_s: state.clock.unix_s(),
         model: model.id.as_str().to_owned(),
         tokenizer: model.tokenizer.clone(),
-        prompts: requests.len(),
+        prompt_tokens: requests.iter().map(|(request, _)| request.prompt.len() as u32).collect(),
         choices,
         stream,
         include_usage,
+        continuous_usage,
         logprobs: logprobs.is_some(),
         echoes,
+        leads,
     });
     Ok(Prepared { requests, answer })
 }

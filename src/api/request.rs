@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::{
-    engine::StopParams,
+    engine::{ENOUGH_TOKENS, StopParams},
     price::usd,
     sampling::SamplingParams,
     text::{ChatMessage, Tokenizer},
@@ -29,7 +29,7 @@ const UNSUPPORTED: [&str; 10] = [
 ];
 
 /// Fields that are read, or that change nothing here.
-const KNOWN: [&str; 36] = [
+const KNOWN: [&str; 37] = [
     "add_generation_prompt",
     "echo",
     "frequency_penalty",
@@ -45,6 +45,7 @@ const KNOWN: [&str; 36] = [
     "min_tokens",
     "model",
     "n",
+    "natural_stop",
     "parallel_tool_calls",
     "presence_penalty",
     "prompt",
@@ -245,19 +246,40 @@ impl Body {
             min_tokens,
             ignore_eos: self.flag("ignore_eos")?,
             strings,
+            enough_tokens: self.natural_stop()?,
         })
     }
 
-    pub fn include_usage(&self, stream: bool) -> Result<bool> {
-        let Some(options) = self.get("stream_options") else { return Ok(false) };
+    /// `natural_stop`: true, false, or an object with `enough_tokens`.
+    fn natural_stop(&self) -> Result<Option<u32>> {
+        let expected =
+            || wrong("natural_stop", "true, false or an object with `enough_tokens`, at least 1");
+        match self.get("natural_stop") {
+            None => Ok(None),
+            Some(Value::Bool(on)) => Ok(Some(if *on { ENOUGH_TOKENS } else { 0 })),
+            Some(value) => {
+                let enough = value.get("enough_tokens").and_then(Value::as_u64);
+                let enough = enough.filter(|enough| *enough > 0).ok_or_else(expected)?;
+                Ok(Some(u32::try_from(enough).unwrap_or(u32::MAX)))
+            }
+        }
+    }
+
+    /// Whether a stream ends with its usage, and whether every chunk says what was used so far.
+    pub fn usage_options(&self, stream: bool) -> Result<(bool, bool)> {
+        let Some(options) = self.get("stream_options") else { return Ok((false, false)) };
         if !stream {
             return Err(wrong("stream_options", "left out unless `stream` is true"));
         }
-        let expected = || wrong("stream_options", "an object with `include_usage`, true or false");
-        match options.as_object().ok_or_else(expected)?.get("include_usage") {
+        let object = options.as_object();
+        let object = object.ok_or_else(|| wrong("stream_options", "an object"))?;
+        let flag = |key: &str| match object.get(key) {
             None | Some(Value::Null) => Ok(false),
-            Some(value) => value.as_bool().ok_or_else(expected),
-        }
+            Some(value) => value.as_bool().ok_or_else(|| {
+                wrong("stream_options", &format!("an object whose `{key}` is true or false"))
+            }),
+        };
+        Ok((flag("include_usage")?, flag("continuous_usage_stats")?))
     }
 
     /// How many alternatives to report beside each token, if any.

@@ -4,6 +4,7 @@ mod admin;
 pub mod assemble;
 pub mod bench;
 mod doctor;
+mod ledger;
 pub mod logging;
 pub mod machine;
 pub mod net;
@@ -55,6 +56,8 @@ enum Command {
     Doctor(Box<Settings>),
     /// Load any OpenAI-compatible server and measure its latency and throughput
     Bench(Box<bench::BenchArgs>),
+    /// Check, back up or restore the ledger
+    Ledger(ledger::LedgerArgs),
     /// Organisations: what tenants belong to
     #[command(subcommand)]
     Org(admin::OrgCommand),
@@ -107,6 +110,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Pull(args) => pull::pull(args),
         Command::Doctor(settings) => doctor::doctor(*settings),
         Command::Bench(args) => bench::bench(*args),
+        Command::Ledger(args) => ledger::ledger(args),
         Command::Org(command) => admin::org(command),
         Command::Tenant(command) => admin::tenant(command),
         Command::Key(command) => admin::key(command),

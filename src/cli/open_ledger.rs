@@ -81,7 +81,8 @@ pub fn open_file(dir: &Path, clock: Clock) -> Result<Box<dyn Db>> {
     Ok(Box::new(Sqlite::open(&dir.join(FILE), clock)?))
 }
 
-fn lock(dir: &Path) -> Result<File> {
+/// Keeps servers off the file of a data directory, or says that one is there.
+pub fn lock(dir: &Path) -> Result<File> {
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let path = dir.join(LOCK);
     let file = File::options().create(true).truncate(false).write(true).open(&path);

@@ -36,6 +36,14 @@ pub enum LedgerPlace {
     Directory(PathBuf),
 }
 
+impl LedgerPlace {
+    /// As [`Config::load`] for a command that serves nothing: other settings are not judged.
+    pub fn load(settings: Settings) -> Result<Self, ConfigError> {
+        let (merged, _) = file::merge(settings)?;
+        validate::ledger(&merged)
+    }
+}
+
 /// Everything `candela serve` can be told, checked. A part receives the values it needs, never this.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -99,13 +107,5 @@ impl Sources {
     pub fn load(settings: Settings) -> Result<Self, ConfigError> {
         let (merged, _) = file::merge(settings)?;
         validate::sources(&merged)
-    }
-}
-
-impl LedgerPlace {
-    /// As [`Config::load`] for a command that works on a ledger and serves nothing.
-    pub fn load(settings: Settings) -> Result<Self, ConfigError> {
-        let (merged, _) = file::merge(settings)?;
-        validate::ledger(&merged)
     }
 }

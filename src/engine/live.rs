@@ -5,14 +5,28 @@ use tokio::sync::mpsc::Sender;
 use super::{
     Submission,
     output::{ChoiceOutput, Piece},
-    request::{GenerateRequest, RequestError, RequestUsage, StreamEvent},
+    request::{GenerateRequest, OutputToken, RequestError, RequestUsage, SoFar, StreamEvent},
 };
 use crate::{
     ledger::{EndCause, Lease},
+    meter::{Owner, Tokens},
+    price::Tally,
     sampling::TokenLogprobs,
+    scheduler::Scheduler,
     text::Tokenizer,
-    types::{FinishReason, SeqId, TokenId},
+    types::{FinishReason, ModelId, NanoUsd, SeqId, TokenId},
 };
+
+/// Output tokens from which a natural stop ends an output, where its tenant wants that and the
+/// request says nothing.
+pub const ENOUGH_TOKENS: u32 = 100;
+
+/// What ended a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    ByItself(FinishReason),
+    Cut(EndCause),
+}
 
 pub(super) struct Live {
     pub request: GenerateRequest,
@@ -22,6 +36,11 @@ pub(super) struct Live {
     pub lease: Lease,
     /// Tokens that launched steps draw and that are not committed yet.
     pub in_flight: u64,
+    /// Whom its device time is booked to.
+    pub owner: Owner,
+    /// What the books know of already.
+    booked: Tally,
+    booked_cost: NanoUsd,
     events: Sender<StreamEvent>,
     usage: RequestUsage,
     /// Prompt tokens whose computation was committed, and charged.
@@ -42,18 +61,34 @@ pub(super) struct Choice {
 
 impl Live {
     /// `seqs` has one sequence for each choice.
-    pub fn new(submission: Submission, seqs: &[SeqId], tokenizer: &Tokenizer) -> Self {
+    pub fn new(
+        submission: Submission,
+        seqs: &[SeqId],
+        tokenizer: &Tokenizer,
+        model: &ModelId,
+    ) -> Self {
         let Submission { request, lease, events } = submission;
+        let chain = lease.opened().map(|opened| &opened.chain);
+        let owner = Owner {
+            tenant: chain.map_or_else(|| "".into(), |chain| chain.tenant.0.clone()),
+            key: chain
+                .and_then(|chain| chain.key.as_ref())
+                .map_or_else(|| "".into(), |key| key.0.clone()),
+            model: model.clone(),
+        };
         let choices = seqs.iter().map(|seq| Choice {
             seq: *seq,
             done: false,
-            output: ChoiceOutput::new(tokenizer, request.stop.clone()),
+            output: ChoiceOutput::new(tokenizer, &request.prompt, request.stop.clone()),
         });
         Self {
             choices: choices.collect(),
             admitted: false,
             lease,
             in_flight: 0,
+            owner,
+            booked: Tally::default(),
+            booked_cost: NanoUsd(0),
             events,
             usage: RequestUsage {
                 prompt_tokens: request.prompt.len() as u32,
@@ -67,6 +102,31 @@ impl Live {
             cause: EndCause::Finished,
             request,
         }
+    }
+
+    /// Tokens used since the last call, and what they cost.
+    pub fn take_unbooked(&mut self) -> Option<(Owner, Tokens)> {
+        let (used, cost) = (self.lease.counted().used, self.lease.cost());
+        let (before, cost_before) = (
+            std::mem::replace(&mut self.booked, used),
+            std::mem::replace(&mut self.booked_cost, cost),
+        );
+        let tokens = Tokens {
+            input: used.uncached_input - before.uncached_input,
+            cached_input: used.cached_input - before.cached_input,
+            output: used.output - before.output,
+            cost: NanoUsd(cost.0 - cost_before.0),
+        };
+        (tokens != Tokens::default()).then(|| (self.owner.clone(), tokens))
+    }
+
+    /// The sequence with the longest context: its next token takes the most.
+    pub fn longest(&self, scheduler: &Scheduler) -> (SeqId, usize) {
+        let lens = self.choices.iter().filter(|choice| !choice.done).map(|choice| {
+            (scheduler.get(choice.seq).map_or(0, |sequence| sequence.len()), choice.seq)
+        });
+        let (len, seq) = lens.max().unwrap_or((0, SeqId(0)));
+        (seq, len.max(self.request.prompt.len()))
     }
 
     pub fn prompt_tokens(&self) -> u64 {
@@ -94,6 +154,12 @@ impl Live {
     /// Room was kept by `has_room`; a closed channel is found by `is_lost`.
     fn send(&self, event: StreamEvent) {
         let _ = self.events.try_send(event);
+    }
+
+    fn send_delta(&self, index: usize, text: String, tokens: Vec<OutputToken>) {
+        let completion_tokens = self.usage.completion_tokens;
+        let so_far = SoFar { completion_tokens, cost: self.lease.cost() };
+        self.send(StreamEvent::Delta { choice: index as u32, text, tokens, so_far });
     }
 
     pub fn add_score(&mut self, score: TokenLogprobs) {
@@ -125,18 +191,40 @@ impl Live {
         logprobs: Option<TokenLogprobs>,
         ends: bool,
         silent: bool,
-    ) -> Option<FinishReason> {
+    ) -> Option<Ended> {
         self.usage.completion_tokens += 1;
         self.lease.use_output(1);
         let piece = self.choices[index].output.push(token, logprobs, ends, silent);
-        self.deliver(index, piece)
+        let finish = self.deliver(index, piece);
+        finish.map(Ended::ByItself).or_else(|| self.rule(index).map(Ended::Cut))
+    }
+
+    /// Whether the tenant's rules end a choice at the end of this sentence.
+    fn rule(&self, index: usize) -> Option<EndCause> {
+        let output = &self.choices[index].output;
+        let opened = self.lease.opened();
+        let natural = opened.and_then(|opened| opened.policy.natural_stop).unwrap_or(false);
+        let default = if natural { ENOUGH_TOKENS } else { 0 };
+        let enough = self.request.stop.enough_tokens.unwrap_or(default);
+        let near_cap = || {
+            let opened = opened?;
+            let (cap, percent) = (opened.cap?, opened.policy.soft_landing_percent?);
+            let from = cap.0 * i128::from(100 - percent.min(100)) / 100;
+            (self.lease.cost().0 >= from).then_some(())
+        };
+        let cause = if enough > 0 && output.tokens() >= enough {
+            EndCause::NaturalStop
+        } else {
+            near_cap().map(|()| EndCause::SoftLanding)?
+        };
+        let early = output.tokens() < self.request.stop.min_tokens;
+        (!early && output.at_sentence_end()).then_some(cause)
     }
 
     fn deliver(&self, index: usize, piece: Piece) -> Option<FinishReason> {
         let wants_tokens = self.request.sampling.logprobs.is_some() && !piece.tokens.is_empty();
         if !piece.text.is_empty() || wants_tokens {
-            let (choice, text, tokens) = (index as u32, piece.text, piece.tokens);
-            self.send(StreamEvent::Delta { choice, text, tokens });
+            self.send_delta(index, piece.text, piece.tokens);
         }
         piece.finish
     }
@@ -152,9 +240,10 @@ impl Live {
         let rest = self.choices[index].output.finish(FinishReason::Length);
         let reason = self.deliver(index, rest).unwrap_or(FinishReason::Length);
         let cause = (reason == FinishReason::Length).then_some(cause);
+        let truncated = matches!(cause, Some(EndCause::CostCap | EndCause::Budget));
         let closing = self.lease.opened().and_then(|opened| opened.policy.closing_text.clone());
-        if let Some(text) = closing.filter(|_| cause.is_some()) {
-            self.send(StreamEvent::Delta { choice: index as u32, text, tokens: Vec::new() });
+        if let Some(text) = closing.filter(|_| truncated) {
+            self.send_delta(index, text, Vec::new());
         }
         self.choices[index].done = true;
         if self.cause == EndCause::Finished {

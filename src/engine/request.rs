@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::{
     ledger::{Bill, EndCause},
     sampling::{SamplingParams, TokenLogprobs},
-    types::{FinishReason, RequestId, TokenId},
+    types::{FinishReason, NanoUsd, RequestId, TokenId},
 };
 
 /// One validated request: a prompt and `choices` continuations of it.
@@ -33,6 +33,9 @@ pub struct StopParams {
     pub ignore_eos: bool,
     /// Strings that end the output; not part of it.
     pub strings: Vec<String>,
+    /// End at the first end of a sentence from this many output tokens on; `None` leaves it to the
+    /// tenant's policy, 0 is off.
+    pub enough_tokens: Option<u32>,
 }
 
 /// What an engine sends for a request, in order. Events of different choices interleave; every
@@ -42,7 +45,7 @@ pub enum StreamEvent {
     /// Once, before the first delta: entry 0 is `None` (nothing precedes the first token).
     PromptLogprobs(Vec<Option<TokenLogprobs>>),
     /// New text of one choice; never half a character. May be empty when only tokens arrived.
-    Delta { choice: u32, text: String, tokens: Vec<OutputToken> },
+    Delta { choice: u32, text: String, tokens: Vec<OutputToken>, so_far: SoFar },
     Finish {
         choice: u32,
         reason: FinishReason,
@@ -54,6 +57,14 @@ pub enum StreamEvent {
     Done(RequestUsage, Option<Bill>),
     /// The request ended early; text already sent stays valid.
     Error(RequestError),
+}
+
+/// What a request has used and owes when a piece of its output leaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SoFar {
+    /// Over all choices.
+    pub completion_tokens: u32,
+    pub cost: NanoUsd,
 }
 
 /// One output token as its text is delivered.

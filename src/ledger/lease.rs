@@ -23,7 +23,7 @@ use crate::{
 
 /// Output tokens of a fresh lease, for each sequence of a request.
 const LEASE_TOKENS_FIRST: u64 = 32;
-/// How long a sequence may sit out for money that others hold before it is asked for again.
+/// How long a request that got nothing, of a budget or of a database, waits before it asks again.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Bounds that the configuration sets.
@@ -40,9 +40,13 @@ pub struct LeaseLimits {
 #[derive(Debug)]
 pub(super) struct Shared {
     granted: AtomicI64,
+    /// Output tokens on record.
+    recorded: AtomicU64,
     denial: AtomicU8,
     /// An extension is on its way.
     pending: AtomicBool,
+    /// The last extension could not be written.
+    silent: AtomicBool,
     /// Monotonic time until which this server may use its leases.
     valid_until_ns: Arc<AtomicU64>,
 }
@@ -53,23 +57,28 @@ impl Shared {
     pub(super) fn new(granted: NanoUsd, valid_until_ns: Arc<AtomicU64>) -> Self {
         Self {
             granted: AtomicI64::new(saturate(granted)),
+            recorded: AtomicU64::new(0),
             denial: AtomicU8::new(NOT_DENIED),
             pending: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
             valid_until_ns,
         }
     }
 
     /// The answer to an extension.
-    pub(super) fn answer(&self, granted: NanoUsd, denied: Option<Denial>) {
+    pub(super) fn answer(&self, granted: NanoUsd, denied: Option<Denial>, recorded: u64) {
         if denied != Some(Denial::Lost) {
             self.granted.store(saturate(granted), Ordering::Release);
+            self.recorded.store(recorded, Ordering::Release);
         }
         self.deny(denied);
+        self.silent.store(false, Ordering::Release);
         self.pending.store(false, Ordering::Release);
     }
 
     /// There was no answer; it is asked for again.
     pub(super) fn unanswered(&self) {
+        self.silent.store(true, Ordering::Release);
         self.pending.store(false, Ordering::Release);
     }
 
@@ -127,6 +136,8 @@ struct Account {
     limits: LeaseLimits,
     /// Output tokens asked for at a time, for each live sequence.
     size_tokens: u64,
+    /// Live when last seen.
+    sequences: u64,
     /// When it was first without money for its next token.
     broke_since_ns: Option<u64>,
     asked_ns: u64,
@@ -156,6 +167,7 @@ impl Lease {
             clock,
             limits,
             size_tokens: LEASE_TOKENS_FIRST.min(limits.outstanding_tokens_max).max(1),
+            sequences: 1,
             broke_since_ns: None,
             asked_ns: 0,
             token_bound_ns: 0,
@@ -195,6 +207,11 @@ impl Lease {
         self.counted.steps += 1;
     }
 
+    /// Whether device time is what is charged.
+    pub fn bills_device(&self) -> bool {
+        self.opened().is_some_and(|opened| opened.terms.billing == Billing::Device)
+    }
+
     /// Sets what one more token may take of the device at most.
     pub fn bound_token(&mut self, bound_ns: u64) {
         if let Some(account) = &mut self.account {
@@ -208,41 +225,39 @@ impl Lease {
         if account.clock.now_ns() >= account.shared.valid_until_ns.load(Ordering::Acquire) {
             return 0;
         }
-        account.affordable(&self.counted.used, account.limit())
+        let used = &self.counted.used;
+        account.paid(used).min(account.room(used))
     }
 
     /// Asks for more before it runs out. `sequences` of the request are live, `in_flight` of its
     /// tokens are launched and not yet counted.
     pub fn renew(&mut self, sequences: u64, in_flight: u64) {
-        let affordable = self.affordable();
+        let dry = self.affordable() <= in_flight;
         let used = self.counted.used;
         let Some(account) = &mut self.account else { return };
-        let lease_tokens = account.size_tokens * sequences.max(1);
-        let left = affordable.saturating_sub(in_flight);
-        if left > lease_tokens / 2 || account.shared.pending.load(Ordering::Acquire) {
-            return;
-        }
+        account.sequences = sequences.max(1);
+        let half = account.size_tokens * account.sequences / 2;
+        let (paid, room) = (account.paid(&used), account.room(&used));
+        let to_pay = paid.saturating_sub(in_flight) <= half && account.may_grow();
+        let to_record = room.saturating_sub(in_flight) <= half && account.unrecorded(&used) > 0;
+        let pending = account.shared.pending.load(Ordering::Acquire);
         let now_ns = account.clock.now_ns();
-        let denied = account.shared.denied();
-        let again_ns = account.asked_ns + ASK_AGAIN.as_nanos() as u64;
-        if denied.is_some() && (denied != Some(Denial::BudgetForNow) || now_ns < again_ns) {
+        if !(to_pay || to_record) || pending || !account.may_ask(now_ns, to_record) {
             return;
         }
-        if left == 0 && account.asked_ns > 0 {
+        if dry && account.asked_ns > 0 {
             // It ran dry before the answer came: ask for more at a time.
             account.size_tokens =
-                (account.size_tokens * 2).min(account.limits.outstanding_tokens_max);
+                (account.size_tokens * 2).min(account.limits.outstanding_tokens_max.max(1));
         }
-        let after = |tokens: u64| account.charge_after(&used, in_flight + tokens);
-        let wanted = after(account.size_tokens * sequences.max(1));
-        let wanted = account.opened.cap.map_or(wanted, |cap| NanoUsd(wanted.0.min(cap.0)));
-        let least = after(1);
-        if wanted.0 <= i128::from(account.shared.granted.load(Ordering::Acquire)) {
-            return;
-        }
+        let capped = |amount: NanoUsd| account.opened.cap.map_or(amount, |cap| amount.min(cap));
+        let after = |tokens: u64| capped(account.charge_after(&used, tokens));
+        // Less than a token more than it has would be of no use.
+        let least = after(paid.saturating_add(1));
+        let wanted = after(in_flight + account.size_tokens * account.sequences);
         account.asked_ns = now_ns.max(1);
         account.shared.pending.store(true, Ordering::Release);
-        let least = NanoUsd(least.0.min(wanted.0));
+        let least = least.min(wanted);
         let asked = Extension { request: account.request.clone(), used, wanted, least };
         account.outbox.extend(asked, account.shared.clone());
     }
@@ -266,14 +281,16 @@ impl Lease {
             return None;
         }
         if let Some(cap) = account.opened.cap
-            && account.affordable(&used, cap) == 0
+            && account.fitting(&used, cap) == 0
         {
             return Some(EndCause::CostCap);
         }
         if account.shared.pending.load(Ordering::Acquire) && !account.waited_too_long() {
             return None;
         }
-        match account.shared.denied() {
+        // Tokens that are paid for and not on record wait for the database alone.
+        let denied = account.shared.denied().filter(|_| account.paid(&used) == 0);
+        match denied {
             Some(Denial::BudgetForGood) => Some(EndCause::Budget),
             Some(Denial::BudgetForNow) => account.waited_too_long().then_some(EndCause::Budget),
             _ => account.waited_too_long().then_some(EndCause::LedgerLost),
@@ -305,8 +322,12 @@ impl Account {
         self.opened.cap.map_or(granted, |cap| cap.min(granted))
     }
 
+    /// Input that is still to be computed is owed before any token: the hold is for it.
     fn after(&self, used: &Tally, tokens: u64) -> Tally {
+        let counted = used.uncached_input.saturating_add(used.cached_input);
+        let coming = self.opened.input_tokens.saturating_sub(counted);
         Tally {
+            uncached_input: used.uncached_input.saturating_add(coming),
             output: used.output.saturating_add(tokens),
             billable_device_ns: used
                 .billable_device_ns
@@ -320,8 +341,42 @@ impl Account {
     }
 
     /// The most further tokens whose charge stays within `limit`.
-    fn affordable(&self, used: &Tally, limit: NanoUsd) -> u64 {
+    fn fitting(&self, used: &Tally, limit: NanoUsd) -> u64 {
         affordable(&self.opened.terms, limit, |tokens| self.after(used, tokens))
+    }
+
+    /// Further tokens that what is held pays for.
+    fn paid(&self, used: &Tally) -> u64 {
+        self.fitting(used, self.limit())
+    }
+
+    /// Further tokens that may be delivered before any more are on record. Those that cost nothing
+    /// are no loss.
+    fn room(&self, used: &Tally) -> u64 {
+        if tokens_are_free(&self.opened.terms) {
+            return u64::MAX;
+        }
+        let most = self.limits.outstanding_tokens_max.max(1).saturating_mul(self.sequences);
+        most.saturating_sub(self.unrecorded(used))
+    }
+
+    fn unrecorded(&self, used: &Tally) -> u64 {
+        used.output.saturating_sub(self.shared.recorded.load(Ordering::Acquire))
+    }
+
+    /// Whether its cap leaves more to ask for.
+    fn may_grow(&self) -> bool {
+        let granted = self.shared.granted.load(Ordering::Acquire);
+        self.opened.cap.is_none_or(|cap| cap.0 > i128::from(granted))
+    }
+
+    fn may_ask(&self, now_ns: u64, to_record: bool) -> bool {
+        let waited = now_ns >= self.asked_ns + ASK_AGAIN.as_nanos() as u64;
+        match self.shared.denied() {
+            Some(Denial::Revoked | Denial::Lost) => false,
+            Some(Denial::BudgetForNow | Denial::BudgetForGood) if !to_record => waited,
+            _ => waited || !self.shared.silent.load(Ordering::Acquire),
+        }
     }
 
     fn waited_too_long(&mut self) -> bool {
@@ -339,12 +394,8 @@ impl Account {
 fn affordable(terms: &Terms, limit: NanoUsd, after: impl Fn(u64) -> Tally) -> u64 {
     /// No sequence is longer.
     const TOKENS_MAX: u64 = 1 << 32;
-    let free = match terms.billing {
-        Billing::Tokens => terms.rates.output.0 == 0,
-        Billing::Device => terms.rates.device_second.0 == 0,
-    };
     let fits = |tokens: u64| terms.charge(&after(tokens)) <= limit;
-    if free || fits(TOKENS_MAX) {
+    if tokens_are_free(terms) || fits(TOKENS_MAX) {
         return if fits(0) { u64::MAX } else { 0 };
     }
     let (mut low, mut high) = (0, TOKENS_MAX);
@@ -353,6 +404,13 @@ fn affordable(terms: &Terms, limit: NanoUsd, after: impl Fn(u64) -> Tally) -> u6
         if fits(middle) { low = middle } else { high = middle }
     }
     low
+}
+
+fn tokens_are_free(terms: &Terms) -> bool {
+    match terms.billing {
+        Billing::Tokens => terms.rates.output.0 == 0,
+        Billing::Device => terms.rates.device_second.0 == 0,
+    }
 }
 
 fn saturate(amount: NanoUsd) -> i64 {

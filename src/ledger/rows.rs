@@ -105,6 +105,7 @@ pub struct Opening {
 pub struct Opened {
     pub chain: Chain,
     pub terms: Terms,
+    pub input_tokens: u64,
     /// Held so far: the charge may reach this.
     pub granted: NanoUsd,
     /// The lowest of the request's, the key's and the tenant's.

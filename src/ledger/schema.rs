@@ -108,9 +108,14 @@ pub fn migrate(db: &mut dyn Db) -> Result<(), DbError> {
     }
 }
 
-fn steps(db: &mut dyn Db) -> Result<(), DbError> {
+/// The version of a database; 0 before its first migration.
+pub fn version(db: &mut dyn Db) -> Result<i64, DbError> {
     let found = db.query("SELECT value FROM meta WHERE name = 'schema'", &[])?;
-    let version = found.first().map_or(Ok(0), |row| row.int(0))?;
+    found.first().map_or(Ok(0), |row| row.int(0))
+}
+
+fn steps(db: &mut dyn Db) -> Result<(), DbError> {
+    let version = version(db)?;
     if !(0..=SCHEMA_VERSION).contains(&version) {
         return Err(DbError::Unusable(format!(
             "the ledger has schema version {version}, this candela knows {SCHEMA_VERSION}: \

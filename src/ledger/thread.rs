@@ -315,7 +315,10 @@ impl Desk {
         }
         match self.attempt(&mut group) {
             Ok(answers) => self.answer(group, answers),
-            Err(error) if group.len() > 1 && !matches!(error, DbError::Unavailable(_)) => {
+            Err(error)
+                if group.len() > 1
+                    && !matches!(error, DbError::Unavailable(_) | DbError::Locked(_)) =>
+            {
                 for job in group {
                     let mut alone = vec![job];
                     match self.attempt(&mut alone) {
@@ -358,8 +361,8 @@ impl Desk {
                     // Where the client has left meanwhile, dropping the lease closes the request.
                     let _ = reply.send(lease.map_err(LedgerError::Refused));
                 }
-                (Job::Extend { shared, .. }, Answer::Grant(grant)) => {
-                    shared.answer(grant.granted, grant.denied);
+                (Job::Extend { asked, shared }, Answer::Grant(grant)) => {
+                    shared.answer(grant.granted, grant.denied, asked.used.output);
                 }
                 (Job::Close(closing), Answer::Bill(bill)) => {
                     if let Some(closed) = closing.closed {

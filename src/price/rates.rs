@@ -51,9 +51,20 @@ pub struct Tally {
     pub billable_device_ns: u64,
 }
 
+impl Tally {
+    /// Whether nothing was used.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 impl Rates {
-    /// `request + ceil(sum(tokens * price) / 1e6)`: rounded up once, over all buckets.
+    /// `request + ceil(sum(tokens * price) / 1e6)`: rounded up once, over all buckets. A request
+    /// that never used anything, such as one that found the queue full, costs nothing.
     pub fn token_cost(&self, tally: &Tally) -> NanoUsd {
+        if tally.is_empty() {
+            return NanoUsd(0);
+        }
         let tokens = i128::from(tally.uncached_input) * self.input.0
             + i128::from(tally.cached_input) * self.cached_input.0
             + i128::from(tally.output) * self.output.0;
@@ -67,6 +78,14 @@ impl Rates {
 }
 
 impl Terms {
+    /// The charge of one output token, rounded up; 0 where time is billed.
+    pub fn token_unit(&self) -> NanoUsd {
+        match self.billing {
+            Billing::Tokens => NanoUsd(div_ceil(self.rates.output.0, TOKENS_PER_PRICE)),
+            Billing::Device => NanoUsd(0),
+        }
+    }
+
     /// What the tenant owes for `tally`. It grows with every part of the tally, so the charge of
     /// one more token is the difference of two of these.
     pub fn charge(&self, tally: &Tally) -> NanoUsd {
@@ -74,7 +93,8 @@ impl Terms {
             Billing::Tokens => self.rates.token_cost(tally),
             Billing::Device => {
                 let device = self.rates.device_cost(tally.billable_device_ns);
-                NanoUsd(self.rates.request.0 + device.0)
+                let request = if tally.is_empty() { NanoUsd(0) } else { self.rates.request };
+                NanoUsd(request.0 + device.0)
             }
         }
     }
@@ -105,7 +125,7 @@ mod tests {
             device_second: NanoUsd(1_000),
         };
         for (tally, expected) in [
-            (tally(0, 0, 0), 10),
+            (tally(0, 0, 0), 0),
             (tally(1, 0, 0), 160),
             (tally(0, 0, 1), 610),
             (tally(1000, 24, 7), 10 + 150_000 + 1_800 + 4_200),

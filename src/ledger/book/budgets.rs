@@ -42,8 +42,17 @@ pub(super) struct Total {
 pub(super) struct Headroom {
     /// `None` where there is no budget.
     pub left: Option<i64>,
-    /// Held of the tightest budget, by anyone.
+    /// Held of the tightest budget, by anyone, in its window.
     pub held: i64,
+    window: Option<(Budget, i64)>,
+}
+
+impl Headroom {
+    /// Whether a lease of that time is in the window of the tightest budget.
+    pub fn counts(&self, granted_ns: i64) -> bool {
+        let window = self.window.as_ref();
+        window.is_some_and(|(of, start)| start_s(of.span, &of.zone, granted_ns) == *start)
+    }
 }
 
 impl Book<'_> {
@@ -82,16 +91,17 @@ impl Book<'_> {
 
     /// What the budgets of `scopes` leave now.
     pub(super) fn headroom(&mut self, scopes: &[String]) -> Result<Headroom, DbError> {
-        let mut tightest = Headroom { left: None, held: 0 };
+        let mut tightest = Headroom { left: None, held: 0, window: None };
         for scope in scopes {
             for budget in self.budgets(scope)? {
-                let (_, total) = self.total(&budget, self.now_ns)?;
+                let (key, total) = self.total(&budget, self.now_ns)?;
                 let left = nano(NanoUsd(
                     budget.limit.0 - i128::from(total.posted) - i128::from(total.held),
                 ))
                 .max(0);
                 if tightest.left.is_none_or(|least| left < least) {
-                    tightest = Headroom { left: Some(left), held: total.held };
+                    let window = Some((budget, key.2));
+                    tightest = Headroom { left: Some(left), held: total.held, window };
                 }
             }
         }
@@ -179,11 +189,9 @@ impl Book<'_> {
 
     /// Raises the events of thresholds that are passed for the first time in this window.
     fn soft_thresholds(&mut self, budget: &Budget, total: Total) -> i64 {
-        let mut fired = 0;
+        let fired = passed(budget, total.posted) & !total.fired;
         for (index, percent) in budget.soft_percent.iter().enumerate() {
-            let reached = i128::from(total.posted) * 100 >= budget.limit.0 * i128::from(*percent);
-            if reached && total.fired & (1 << index) == 0 {
-                fired |= 1 << index;
+            if fired & (1 << index) != 0 {
                 let detail = format!("{percent} %: {}", describe(budget, total.posted));
                 self.event(EventKind::BudgetSoft, &budget.scope, detail);
             }
@@ -253,34 +261,43 @@ impl Book<'_> {
         let key = [budget.scope.as_str().into(), budget.span.name().into()];
         self.execute("DELETE FROM window_total WHERE scope = $1 AND span = $2", &key)?;
         self.totals.retain(|(of, span, _), _| *of != budget.scope || *span != budget.span);
-        // Windows that are over matter only to leases that still run, which are from now on.
-        let first_ns =
-            start_s(budget.span, &budget.zone, self.now_ns).saturating_mul(1_000_000_000);
-        let posted = self.posted_since(&budget.scope, first_ns)?;
-        let scopes = [budget.scope.clone()];
-        // Thresholds that were passed before the budget was there are not news.
-        if posted != 0 {
-            let (key, total) = self.total(budget, self.now_ns)?;
-            let mut next = Total { posted, changed: true, ..total };
-            for (index, percent) in budget.soft_percent.iter().enumerate() {
-                if i128::from(posted) * 100 >= budget.limit.0 * i128::from(*percent) {
-                    next.fired |= 1 << index;
-                }
-            }
-            self.totals.insert(key, next);
+        let leases = self.open_leases(&budget.scope)?;
+        // Windows that are over matter only to leases that still run.
+        let oldest_ns = leases.iter().map(|lease| lease.0).min().unwrap_or(self.now_ns);
+        let first_ns = start_s(budget.span, &budget.zone, oldest_ns.min(self.now_ns))
+            .saturating_mul(1_000_000_000);
+        for (slot_ns, spend) in self.spend_by_slot(&budget.scope, first_ns)? {
+            let (key, total) = self.total(budget, slot_ns)?;
+            let posted = total.posted.saturating_add(spend);
+            // Thresholds that were passed before the budget was there are not news.
+            let fired = passed(budget, posted);
+            self.totals.insert(key, Total { posted, fired, changed: true, ..total });
         }
-        for (granted_ns, left) in self.open_leases(&budget.scope)? {
-            self.count(&scopes, granted_ns, 0, left)?;
+        for (granted_ns, left) in leases {
+            // Of this budget alone: the others of its scope know these leases.
+            let (key, total) = self.total(budget, granted_ns)?;
+            let held = total.held.saturating_add(left);
+            self.totals.insert(key, Total { held, changed: true, ..total });
         }
         Ok(())
     }
 
-    /// The grant that fits between `least` and `wanted`, or which kind of nothing.
-    pub(super) fn share(&self, headroom: &Headroom, least: i64, wanted: i64) -> Option<i64> {
+    /// The grant that fits between `least` and `wanted`, which is more than nothing, or `None`. Where
+    /// it is not all, it grows from the least by whole tokens of `unit`: what does not pay for a token
+    /// would be out of everyone's reach until the request ends.
+    pub(super) fn share(
+        &self,
+        headroom: &Headroom,
+        least: i64,
+        wanted: i64,
+        unit: i64,
+    ) -> Option<i64> {
+        let least = least.max(1);
         match headroom.left {
             None => Some(wanted.max(least)),
             Some(left) if left < least => None,
-            Some(left) => Some(wanted.min(left / SHARE).max(least)),
+            Some(left) if wanted <= left / SHARE => Some(wanted.max(least)),
+            Some(left) => Some(least + (left / SHARE - least).max(0) / unit.max(1) * unit.max(1)),
         }
     }
 
@@ -304,12 +321,20 @@ impl Book<'_> {
     }
 }
 
+/// Bits of the soft thresholds that `posted` reaches.
+fn passed(budget: &Budget, posted: i64) -> i64 {
+    let reached = |percent: u8| i128::from(posted) * 100 >= budget.limit.0 * i128::from(percent);
+    let bits = budget.soft_percent.iter().enumerate();
+    bits.filter(|(_, percent)| reached(**percent)).map(|(index, _)| 1 << index).sum()
+}
+
 fn describe(budget: &Budget, posted: i64) -> String {
     let (spent, limit) = (usd::format(NanoUsd(posted.into())), usd::format(budget.limit));
     format!("{spent} of {limit} USD spent in this {}", budget.span.name())
 }
 
-fn read(scope: &str, row: &Row) -> Result<Budget, DbError> {
+/// The columns `span, zone, limit_nano, soft`.
+pub(super) fn read(scope: &str, row: &Row) -> Result<Budget, DbError> {
     let corrupt = |what: &str| DbError::Corrupt(format!("budget of {scope}: {what}"));
     let soft = row.text(3)?.split(',').filter(|part| !part.is_empty());
     Ok(Budget {

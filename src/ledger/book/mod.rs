@@ -12,6 +12,7 @@ mod rates;
 mod requests;
 mod running;
 mod setup;
+mod verify;
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -20,6 +21,7 @@ pub use listing::{AuditRow, BudgetState, EventRow, KeyRow, OrgRow, PriceRow, Ten
 pub use quote::Quote;
 pub use rates::RateLimit;
 pub use setup::{KeySpec, KnownKey, PriceSpec, Role, key_hash};
+pub use verify::Problem;
 
 use super::{
     db::{Db, DbError, Row, Val},
@@ -57,9 +59,24 @@ pub fn transact<T>(
     committed
 }
 
+/// Reads in one snapshot, which keeps no writer waiting. What `work` writes is undone.
+pub fn inspect<T>(
+    db: &mut dyn Db,
+    work: impl FnOnce(&mut Book<'_>) -> Result<T, DbError>,
+) -> Result<T, DbError> {
+    let begun = db.begin_reading();
+    let found = begun.and_then(|()| Book::begun(db)).and_then(|mut book| work(&mut book));
+    db.rollback();
+    found
+}
+
 impl<'a> Book<'a> {
     fn begin(db: &'a mut dyn Db) -> Result<Self, DbError> {
         db.begin()?;
+        Self::begun(db)
+    }
+
+    fn begun(db: &'a mut dyn Db) -> Result<Self, DbError> {
         let mut counters = HashMap::new();
         for row in db.query("SELECT name, value FROM meta", &[])? {
             let name = row.text(0)?;

@@ -1,6 +1,8 @@
 //! Double entry: every amount leaves one account and enters another.
 
-use super::Book;
+use std::collections::BTreeMap;
+
+use super::{Book, running::SLOT_NS};
 use crate::ledger::{
     db::DbError,
     rows::{Chain, GLOBAL},
@@ -110,32 +112,37 @@ impl Book<'_> {
         Ok(())
     }
 
-    /// Net spend of a scope in windows from `first_ns`.
-    pub(super) fn posted_since(&mut self, scope: &str, first_ns: i64) -> Result<i64, DbError> {
+    /// Net spend of a scope in every slot of time from the one at `first_ns` on, with its start.
+    pub(super) fn spend_by_slot(
+        &mut self,
+        scope: &str,
+        first_ns: i64,
+    ) -> Result<BTreeMap<i64, i64>, DbError> {
         let (kind, id) = scope.split_once(':').unwrap_or((GLOBAL, ""));
         let sql = match kind {
             "org" => {
-                "SELECT kind, CAST(SUM(amount) AS BIGINT) FROM transfer
-                WHERE window_ns >= $1 AND org_id = $2 GROUP BY kind"
+                "SELECT kind, window_ns / $1 AS slot, CAST(SUM(amount) AS BIGINT) FROM transfer
+                WHERE window_ns >= $2 AND org_id = $3 GROUP BY kind, slot"
             }
             "tenant" => {
-                "SELECT kind, CAST(SUM(amount) AS BIGINT) FROM transfer
-                WHERE window_ns >= $1 AND tenant_id = $2 GROUP BY kind"
+                "SELECT kind, window_ns / $1 AS slot, CAST(SUM(amount) AS BIGINT) FROM transfer
+                WHERE window_ns >= $2 AND tenant_id = $3 GROUP BY kind, slot"
             }
             "key" => {
-                "SELECT kind, CAST(SUM(amount) AS BIGINT) FROM transfer
-                WHERE window_ns >= $1 AND key_id = $2 GROUP BY kind"
+                "SELECT kind, window_ns / $1 AS slot, CAST(SUM(amount) AS BIGINT) FROM transfer
+                WHERE window_ns >= $2 AND key_id = $3 GROUP BY kind, slot"
             }
             _ => {
-                "SELECT kind, CAST(SUM(amount) AS BIGINT) FROM transfer
-                WHERE window_ns >= $1 AND '' = $2 GROUP BY kind"
+                "SELECT kind, window_ns / $1 AS slot, CAST(SUM(amount) AS BIGINT) FROM transfer
+                WHERE window_ns >= $2 AND '' = $3 GROUP BY kind, slot"
             }
         };
-        let mut spend = 0i64;
-        for row in self.query(sql, &[first_ns.into(), id.into()])? {
+        let mut spend: BTreeMap<i64, i64> = BTreeMap::new();
+        for row in self.query(sql, &[SLOT_NS.into(), first_ns.into(), id.into()])? {
             let kind = Kind::parse(row.text(0)?)
                 .ok_or_else(|| DbError::Corrupt(format!("transfer kind {:?}", row.text(0))))?;
-            spend = spend.saturating_add(kind.spend(scope, row.int(1)?));
+            let slot = spend.entry(row.int(1)?.saturating_mul(SLOT_NS)).or_default();
+            *slot = slot.saturating_add(kind.spend(scope, row.int(2)?));
         }
         Ok(spend)
     }

@@ -68,7 +68,8 @@ impl Book<'_> {
         }
         self.count(&scopes, self.now_ns, 0, hold)?;
         self.insert_request(opening, &chain, &terms, hold, replica)?;
-        Ok(Ok(Opened { chain, terms, granted: needed, cap, policy }))
+        let input_tokens = opening.input_tokens;
+        Ok(Ok(Opened { chain, terms, input_tokens, granted: needed, cap, policy }))
     }
 
     pub(super) fn account_of_key(&mut self, key: &KeyId) -> Result<Option<Account>, DbError> {

@@ -59,7 +59,7 @@ impl Book<'_> {
             WHERE request.id = $1 AND request.state = 'open'",
             &[id.as_str().into()],
         );
-        row?.map(|row| read(&row)).transpose()
+        row?.map(|row| read_request(&row)).transpose()
     }
 
     pub(super) fn write_progress(
@@ -193,8 +193,8 @@ impl Book<'_> {
     }
 }
 
-fn read(row: &Row) -> Result<OpenRequest, DbError> {
-    let key = row.text(2)?;
+/// The columns in the order of [`Book::open_request`].
+pub(super) fn read_request(row: &Row) -> Result<OpenRequest, DbError> {
     let rates = Rates {
         input: NanoUsd(row.int(13)?.into()),
         cached_input: NanoUsd(row.int(14)?.into()),
@@ -203,11 +203,7 @@ fn read(row: &Row) -> Result<OpenRequest, DbError> {
         device_second: NanoUsd(row.int(17)?.into()),
     };
     Ok(OpenRequest {
-        chain: Chain {
-            org: OrgId::new(row.text(0)?),
-            tenant: TenantId::new(row.text(1)?),
-            key: (!key.is_empty()).then(|| KeyId::new(key)),
-        },
+        chain: chain(row.text(0)?, row.text(1)?, row.text(2)?),
         choices: row.int(3)?,
         granted: row.int(4)?,
         posted: row.int(5)?,
@@ -215,6 +211,12 @@ fn read(row: &Row) -> Result<OpenRequest, DbError> {
         leases: row.int(11)?,
         terms: Terms { version: row.int(12)?, rates, billing: billing(row.text(18)?)? },
     })
+}
+
+/// A request without a key has an empty one in its row.
+pub(super) fn chain(org: &str, tenant: &str, key: &str) -> Chain {
+    let key = (!key.is_empty()).then(|| KeyId::new(key));
+    Chain { org: OrgId::new(org), tenant: TenantId::new(tenant), key }
 }
 
 /// Five columns from `first` on.

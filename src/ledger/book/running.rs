@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Every window of every zone starts at a multiple of this, so grants within one may share a lease.
-const SLOT_NS: i64 = 15 * 60 * 1_000_000_000;
+pub(super) const SLOT_NS: i64 = 15 * 60 * 1_000_000_000;
 
 impl Book<'_> {
     /// Posts what a request has used and holds more for it.
@@ -50,10 +50,9 @@ impl Book<'_> {
         }
         let scopes = request.chain.scopes();
         let headroom = self.headroom(&scopes)?;
-        let Some(amount) = self.share(&headroom, least, wanted) else {
-            return self
-                .deny(&scopes, least, &headroom, request.granted - request.posted)
-                .map(Some);
+        let Some(amount) = self.share(&headroom, least, wanted, nano(request.terms.token_unit()))
+        else {
+            return self.deny(id, &scopes, least.max(1), &headroom).map(Some);
         };
         self.count(&scopes, self.now_ns, 0, amount)?;
         request.granted += amount;
@@ -73,11 +72,15 @@ impl Book<'_> {
 
     fn deny(
         &mut self,
+        id: &RequestId,
         scopes: &[String],
         least: i64,
         headroom: &Headroom,
-        own: i64,
     ) -> Result<Denial, DbError> {
+        let mut own = 0;
+        for lease in self.leases(id)? {
+            own += if headroom.counts(lease.granted_ns) { lease.left() } else { 0 };
+        }
         for budget in self.exhausted(scopes, least)? {
             self.turned_away(&budget)?;
         }

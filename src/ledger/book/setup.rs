@@ -9,6 +9,7 @@ use super::{
     move_money::{CREDITS, Kind, Move, REFUNDS},
     nano,
     open::policy,
+    requests::chain,
 };
 use crate::{
     ledger::{
@@ -283,12 +284,7 @@ impl Book<'_> {
             &[request.as_str().into()],
         )?;
         let Some(row) = row else { return Ok(None) };
-        let key = row.text(2)?;
-        let chain = Chain {
-            org: OrgId::new(row.text(0)?),
-            tenant: TenantId::new(row.text(1)?),
-            key: (!key.is_empty()).then(|| KeyId::new(key)),
-        };
+        let chain = chain(row.text(0)?, row.text(1)?, row.text(2)?);
         let refunded = self.one(
             "SELECT CAST(COALESCE(SUM(amount), 0) AS BIGINT) FROM transfer
             WHERE request_id = $1 AND kind = 'refund'",

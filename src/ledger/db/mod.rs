@@ -42,6 +42,10 @@ pub enum DbError {
 pub trait Db: Send {
     /// Starts a transaction that no other writer can interleave with.
     fn begin(&mut self) -> Result<(), DbError>;
+    /// Starts a transaction that sees one state and writes nothing. Ends with `rollback`.
+    fn begin_reading(&mut self) -> Result<(), DbError> {
+        self.begin()
+    }
     fn commit(&mut self) -> Result<(), DbError>;
     /// Leaves nothing of the transaction. Never fails: a connection that cannot roll back is dropped
     /// and made anew at the next `begin`.

@@ -24,6 +24,41 @@ impl Sqlite {
     /// Opens or makes the file.
     pub fn open(path: &Path, clock: Clock) -> Result<Self, DbError> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
+        Self::open_as(path, flags, clock)
+    }
+
+    /// Opens a file that is there.
+    pub fn open_existing(path: &Path, clock: Clock) -> Result<Self, DbError> {
+        Self::open_as(path, OpenFlags::SQLITE_OPEN_READ_WRITE, clock)
+    }
+
+    /// Writes what is committed to a new file, while others go on writing to this one.
+    ///
+    /// # Errors
+    /// The file is there already, or cannot be written.
+    pub fn copy_to(&mut self, path: &Path) -> Result<(), DbError> {
+        let name = path.to_str().ok_or_else(|| {
+            DbError::Unusable(format!("{}: the name is not UTF-8", path.display()))
+        })?;
+        let copied = self.connection.execute("VACUUM INTO ?1", [name]);
+        copied.map(|_| ()).map_err(|error| at(path, of(error)))
+    }
+
+    /// What is wrong with the file below the level of the ledger: pages, indexes, references.
+    pub fn damage(&mut self) -> Result<Vec<String>, DbError> {
+        let mut found = Vec::new();
+        for row in self.query("PRAGMA integrity_check", &[])? {
+            found.extend(
+                (row.text(0)? != "ok").then(|| row.text(0).map(str::to_owned)).transpose()?,
+            );
+        }
+        for row in self.query("PRAGMA foreign_key_check", &[])? {
+            found.push(format!("a row of {} names a row that is not there", row.text(0)?));
+        }
+        Ok(found)
+    }
+
+    fn open_as(path: &Path, flags: OpenFlags, clock: Clock) -> Result<Self, DbError> {
         let opened = Connection::open_with_flags(path, flags).and_then(|connection| {
             connection.busy_timeout(BUSY)?;
             connection.set_prepared_statement_cache_capacity(STATEMENTS_CACHED);
@@ -46,6 +81,10 @@ impl Sqlite {
 impl Db for Sqlite {
     fn begin(&mut self) -> Result<(), DbError> {
         self.batch("BEGIN IMMEDIATE")
+    }
+
+    fn begin_reading(&mut self) -> Result<(), DbError> {
+        self.batch("BEGIN")
     }
 
     fn commit(&mut self) -> Result<(), DbError> {

@@ -1,0 +1,5 @@
+//! The ledger, proven: random histories, known failures of others, many streams at once, the real
+//! server, and crashes at every write.
+
+mod histories;
+mod world;
