@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, builder::BoolishValueParser};
 use serde::Deserialize;
 
+use super::FilePrice;
 use super::value::{ByteSize, Device, KvCacheDtype, LogFormat, Secret};
 
 /// Declares the settings, once, with the rule that the first source that names one wins.
@@ -73,6 +74,10 @@ settings! {
     /// cost [default: 256]
     #[arg(long, env = "CANDELA_LEASE_OUTSTANDING_TOKENS_MAX", value_name = "TOKENS", help_heading = "Money")]
     lease_outstanding_tokens_max: u64,
+
+    /// Prices; `[[price]]` of the file alone
+    #[arg(skip)]
+    price: Vec<FilePrice>,
 
     /// Address to listen on; any but a loopback address needs --api-key [default: 127.0.0.1]
     #[arg(long, env = "CANDELA_HOST", value_name = "IP", help_heading = "Server")]
