@@ -27,8 +27,6 @@ pub mod registry;
 pub mod price;
 /// Accounts, budgets, holds and posts: every nano-USD, durable and provable.
 pub mod ledger;
-/// Device time and energy to those who used them; pure.
-pub mod meter;
 /// The engine thread: plan, run, commit.
 pub mod engine;
 /// Device time and energy: who used what, and nothing lost; pure.
