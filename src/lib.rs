@@ -15,6 +15,8 @@ pub mod cli;
 pub mod api;
 /// Tokenizer, chat template, incremental detokenizer, stop strings.
 pub mod text;
+/// What operators do, for REST and the command line.
+pub mod admin;
 /// Metrics for Prometheus.
 pub mod telemetry;
 /// Who may enter.
@@ -25,6 +27,8 @@ pub mod registry;
 pub mod price;
 /// Accounts, budgets, holds and posts: every nano-USD, durable and provable.
 pub mod ledger;
+/// Device time and energy to those who used them; pure.
+pub mod meter;
 /// The engine thread: plan, run, commit.
 pub mod engine;
 /// Queues and policy; pure.

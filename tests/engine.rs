@@ -26,6 +26,7 @@ fn start(change: impl FnOnce(&mut EngineSpec)) -> Assembled {
         pipeline_depth: 2,
         stream_buffer_events_max: 256,
         client_stall_max: Duration::from_secs(60),
+        calibration: Duration::ZERO,
     };
     change(&mut spec);
     let source = ModelSource::Gguf { path: common::default_model() };

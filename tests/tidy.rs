@@ -3,24 +3,38 @@
 use std::path::{Path, PathBuf};
 
 /// Top-level modules, and those of this crate that each may name.
-const MAY_KNOW: [(&str, &[&str]); 16] = [
+const MAY_KNOW: [(&str, &[&str]); 18] = [
     ("types", &[]),
     ("clock", &[]),
     ("config", &["types", "price"]),
     ("price", &["types"]),
+    ("meter", &["types"]),
     ("scheduler", &["types", "cache"]),
     ("cache", &["types"]),
     ("ops", &[]),
     ("model", &["types", "ops"]),
     ("sampling", &["types"]),
     ("text", &["types"]),
-    ("telemetry", &["engine"]),
+    ("telemetry", &["engine", "meter"]),
     ("admission", &["types", "clock", "price", "ledger"]),
     ("ledger", &["types", "clock", "price"]),
+    ("admin", &["types", "price", "ledger"]),
     ("registry", &["types", "price", "model", "text"]),
     (
         "engine",
-        &["types", "clock", "scheduler", "cache", "model", "ops", "sampling", "text", "ledger"],
+        &[
+            "types",
+            "clock",
+            "scheduler",
+            "cache",
+            "model",
+            "ops",
+            "sampling",
+            "text",
+            "ledger",
+            "meter",
+            "price",
+        ],
     ),
     (
         "api",
@@ -28,7 +42,9 @@ const MAY_KNOW: [(&str, &[&str]); 16] = [
             "types",
             "clock",
             "admission",
+            "admin",
             "ledger",
+            "meter",
             "text",
             "registry",
             "price",

@@ -8,7 +8,7 @@ use crate::{
     ledger::{Bill, EndCause},
     price::usd,
     sampling::TokenLogprobs,
-    text::Tokenizer,
+    text::{Lead, Tokenizer},
     types::{NanoUsd, TokenId},
 };
 
@@ -56,6 +56,8 @@ pub struct Options {
     pub logprobs: bool,
     /// One a prompt, if prompts are repeated.
     pub echoes: Option<Vec<Echo>>,
+    /// One a prompt: what the text of its choices loses at its start.
+    pub leads: Vec<Lead>,
 }
 
 /// Follows the events of one request.
@@ -81,6 +83,8 @@ struct Choice {
     stop_cause: Option<EndCause>,
     /// Characters that tokens so far have begun.
     characters: usize,
+    /// What their text may still lose.
+    lead: Lead,
     echoed: bool,
 }
 
@@ -88,9 +92,11 @@ impl Answer {
     pub fn new(options: Options) -> Self {
         let prefix = if options.shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
         let id = format!("{prefix}-{}", uuid::Uuid::new_v4().simple());
-        let mut choices = Vec::new();
-        choices
-            .resize_with(options.prompt_tokens.len() * options.choices as usize, Choice::default);
+        let of_prompt = |lead: &Lead| {
+            let choice = |_| Choice { lead: *lead, ..Choice::default() };
+            (0..options.choices).map(choice).collect::<Vec<_>>()
+        };
+        let choices = options.leads.iter().flat_map(of_prompt).collect();
         Self {
             so_far: vec![SoFar::default(); options.prompt_tokens.len()],
             options,
@@ -343,10 +349,10 @@ impl Answer {
             Shape::Completion => {
                 let (mut texts, mut offsets) = (Vec::new(), Vec::new());
                 let (mut chosen, mut tops) = (Vec::new(), Vec::new());
-                let characters = &mut self.choices[index].characters;
+                let Choice { characters, lead, .. } = &mut self.choices[index];
                 for token in tokens {
                     texts.push(label(tokenizer, token.id, "bytes:"));
-                    let bytes = tokenizer.token_bytes(token.id);
+                    let bytes = tokenizer.piece(token.id, lead);
                     let continues = bytes.first().is_some_and(|byte| !begins(*byte));
                     offsets.push(characters.saturating_sub(usize::from(continues)));
                     *characters += bytes.iter().filter(|byte| begins(**byte)).count();

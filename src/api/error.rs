@@ -9,9 +9,10 @@ use axum::{
 use serde_json::{Value, json};
 
 use crate::{
+    admin::AdminError,
     admission::Denied,
     engine::SubmitError,
-    ledger::{LedgerError, Refusal},
+    ledger::{LedgerError, Refusal, book::Role},
     text::TextError,
 };
 
@@ -85,6 +86,13 @@ impl ApiError {
         Self { code: Some("invalid_api_key"), ..error }
     }
 
+    /// A key that is valid, but not for this.
+    pub fn role(least: Role) -> Self {
+        let message = format!("this needs a key of role {} or above", least.name());
+        let error = Self::new(StatusCode::FORBIDDEN, "invalid_request_error", message);
+        Self { code: Some("insufficient_permissions"), ..error }
+    }
+
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
@@ -124,6 +132,21 @@ impl From<Denied> for ApiError {
         match denied {
             Denied::Key => Self::invalid_key(),
             Denied::Ledger(error) => error.into(),
+        }
+    }
+}
+
+impl From<AdminError> for ApiError {
+    fn from(error: AdminError) -> Self {
+        let message = error.to_string();
+        match error {
+            AdminError::Field { field, .. } => Self::invalid(Some(&field), message),
+            AdminError::NotFound { field, .. } => Self::not_found(&message).at(field),
+            AdminError::Conflict { field, .. } => {
+                Self::new(StatusCode::CONFLICT, "invalid_request_error", message).at(field)
+            }
+            AdminError::Ended => Self::invalid_key(),
+            AdminError::Db(_) => LedgerError::Unavailable(message).into(),
         }
     }
 }

@@ -100,14 +100,14 @@ async fn answer(
 }
 
 /// What the headers say about money.
-struct Money {
+pub(super) struct Money {
     cap: Option<NanoUsd>,
     /// The key, and the hash of the body it stands for.
     idempotency: Option<(String, [u8; 32])>,
 }
 
 impl Money {
-    fn of_headers(headers: &HeaderMap, body: &[u8]) -> Result<Self, ApiError> {
+    pub(super) fn of_headers(headers: &HeaderMap, body: &[u8]) -> Result<Self, ApiError> {
         let text = |name: &'static str| {
             let value = headers.get(name).map(|value| value.to_str());
             value
@@ -133,12 +133,12 @@ impl Money {
 }
 
 /// A call that was read and checked: one request a prompt.
-struct Prepared {
-    requests: Vec<(GenerateRequest, Opening)>,
+pub(super) struct Prepared {
+    pub requests: Vec<(GenerateRequest, Opening)>,
     answer: Answer,
 }
 
-fn prepare(
+pub(super) fn prepare(
     state: &AppState,
     record: &Record,
     caller: Caller,
@@ -224,6 +224,8 @@ fn prepare(
         (request, opening)
     });
     let requests: Vec<_> = requests.collect();
+    let lead = |(ids, _): &(Vec<u32>, _)| model.tokenizer.lead_after(if echo { &[] } else { ids });
+    let leads = prompts.iter().map(lead).collect();
     let echoes = echo.then(|| {
         let texts = prompts.into_iter().map(|(ids, text)| Echo {
             text: text.unwrap_or_else(|| model.tokenizer.decode(&ids)),
@@ -243,6 +245,7 @@ fn prepare(
         continuous_usage,
         logprobs: logprobs.is_some(),
         echoes,
+        leads,
     });
     Ok(Prepared { requests, answer })
 }

@@ -13,7 +13,7 @@ use crate::{
     clock::Clock,
     config::{Config, LedgerPlace},
     ledger::{
-        Event, Ledger, LedgerOptions, Policy,
+        Event, Ledger, LedgerOptions, Policy, Reader,
         book::{KeySpec, PriceSpec, Role, key_hash, transact},
         db::{Db, Sqlite},
         lease::LeaseLimits,
@@ -38,18 +38,17 @@ const LEASE_WAIT_MAX: Duration = Duration::from_secs(5);
 /// A running ledger, and what keeps other servers off its file.
 pub struct OpenLedger {
     pub thread: LedgerThread,
+    pub reader: Reader,
     _lock: Option<File>,
 }
 
 /// Opens the database, sets up what a server needs in it, and starts the thread.
 pub fn open(config: &Config, model: &ModelId, prices: Option<Prices>) -> Result<OpenLedger> {
     let clock = Clock::system();
-    let (mut db, lock) = match &config.ledger {
-        LedgerPlace::Directory(dir) => {
-            let lock = lock(dir)?;
-            (open_file(dir, clock.clone())?, Some(lock))
-        }
+    let lock = match &config.ledger {
+        LedgerPlace::Directory(dir) => Some(lock(dir)?),
     };
+    let mut db = open_db(&config.ledger)?;
     migrate(&mut *db)?;
     set_up(&mut *db, config, model, prices)?;
     let options = LedgerOptions {
@@ -64,7 +63,15 @@ pub fn open(config: &Config, model: &ModelId, prices: Option<Prices>) -> Result<
         },
     };
     let thread = Ledger::start(db, clock, options, say)?;
-    Ok(OpenLedger { thread, _lock: lock })
+    let reader = Reader::new(open_db(&config.ledger)?);
+    Ok(OpenLedger { thread, reader, _lock: lock })
+}
+
+/// A connection to a ledger, which is made if it is not there.
+pub fn open_db(place: &LedgerPlace) -> Result<Box<dyn Db>> {
+    match place {
+        LedgerPlace::Directory(dir) => open_file(dir, Clock::system()),
+    }
 }
 
 /// The file of a data directory, which is made if it is not there.

@@ -22,6 +22,8 @@ use crate::{
     types::ModelId,
 };
 
+/// How long steps are timed at start.
+const CALIBRATION: Duration = Duration::from_secs(1);
 /// How often the server looks whether its engine still runs.
 const ENGINE_CHECK: Duration = Duration::from_millis(200);
 
@@ -61,6 +63,8 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
         },
         door: Door::new(books.clone(), clock.clone(), anonymous(&config)),
         ledger: books.clone(),
+        books: model.engine.books,
+        reader: ledger.reader.clone(),
         clock,
         choices_max: config.choices_max.min(config.running_seqs_max) as u32,
         logprobs_top_max: config.logprobs_top_max as u32,
@@ -105,6 +109,7 @@ fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled, Option<Prices>)>
         pipeline_depth: config.pipeline_depth,
         stream_buffer_events_max: config.stream_buffer_events_max,
         client_stall_max: config.client_stall_max,
+        calibration: CALIBRATION,
     };
     let model = assemble(&id, &resolved.source, &spec, Clock::system())
         .with_context(|| format!("loading {wanted}"))?;

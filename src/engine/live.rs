@@ -9,9 +9,12 @@ use super::{
 };
 use crate::{
     ledger::{EndCause, Lease},
+    meter::{Owner, Tokens},
+    price::Tally,
     sampling::TokenLogprobs,
+    scheduler::Scheduler,
     text::Tokenizer,
-    types::{FinishReason, SeqId, TokenId},
+    types::{FinishReason, ModelId, NanoUsd, SeqId, TokenId},
 };
 
 /// Output tokens from which a natural stop ends an output, where its tenant wants that and the
@@ -33,6 +36,11 @@ pub(super) struct Live {
     pub lease: Lease,
     /// Tokens that launched steps draw and that are not committed yet.
     pub in_flight: u64,
+    /// Whom its device time is booked to.
+    pub owner: Owner,
+    /// What the books know of already.
+    booked: Tally,
+    booked_cost: NanoUsd,
     events: Sender<StreamEvent>,
     usage: RequestUsage,
     /// Prompt tokens whose computation was committed, and charged.
@@ -53,18 +61,34 @@ pub(super) struct Choice {
 
 impl Live {
     /// `seqs` has one sequence for each choice.
-    pub fn new(submission: Submission, seqs: &[SeqId], tokenizer: &Tokenizer) -> Self {
+    pub fn new(
+        submission: Submission,
+        seqs: &[SeqId],
+        tokenizer: &Tokenizer,
+        model: &ModelId,
+    ) -> Self {
         let Submission { request, lease, events } = submission;
+        let chain = lease.opened().map(|opened| &opened.chain);
+        let owner = Owner {
+            tenant: chain.map_or_else(|| "".into(), |chain| chain.tenant.0.clone()),
+            key: chain
+                .and_then(|chain| chain.key.as_ref())
+                .map_or_else(|| "".into(), |key| key.0.clone()),
+            model: model.clone(),
+        };
         let choices = seqs.iter().map(|seq| Choice {
             seq: *seq,
             done: false,
-            output: ChoiceOutput::new(tokenizer, request.stop.clone()),
+            output: ChoiceOutput::new(tokenizer, &request.prompt, request.stop.clone()),
         });
         Self {
             choices: choices.collect(),
             admitted: false,
             lease,
             in_flight: 0,
+            owner,
+            booked: Tally::default(),
+            booked_cost: NanoUsd(0),
             events,
             usage: RequestUsage {
                 prompt_tokens: request.prompt.len() as u32,
@@ -78,6 +102,31 @@ impl Live {
             cause: EndCause::Finished,
             request,
         }
+    }
+
+    /// Tokens used since the last call, and what they cost.
+    pub fn take_unbooked(&mut self) -> Option<(Owner, Tokens)> {
+        let (used, cost) = (self.lease.counted().used, self.lease.cost());
+        let (before, cost_before) = (
+            std::mem::replace(&mut self.booked, used),
+            std::mem::replace(&mut self.booked_cost, cost),
+        );
+        let tokens = Tokens {
+            input: used.uncached_input - before.uncached_input,
+            cached_input: used.cached_input - before.cached_input,
+            output: used.output - before.output,
+            cost: NanoUsd(cost.0 - cost_before.0),
+        };
+        (tokens != Tokens::default()).then(|| (self.owner.clone(), tokens))
+    }
+
+    /// The sequence with the longest context: its next token takes the most.
+    pub fn longest(&self, scheduler: &Scheduler) -> (SeqId, usize) {
+        let lens = self.choices.iter().filter(|choice| !choice.done).map(|choice| {
+            (scheduler.get(choice.seq).map_or(0, |sequence| sequence.len()), choice.seq)
+        });
+        let (len, seq) = lens.max().unwrap_or((0, SeqId(0)));
+        (seq, len.max(self.request.prompt.len()))
     }
 
     pub fn prompt_tokens(&self) -> u64 {

@@ -4,14 +4,18 @@
 //! the device runs, and the results are committed. With pipeline depth 2 the next step is launched
 //! before the last one is committed.
 
+mod calibrate;
 pub mod device;
+mod ending;
 pub mod handle;
 pub mod inputs;
 mod live;
+pub mod metering;
 pub mod output;
 pub mod request;
 mod run;
 pub mod snapshot;
+mod step;
 
 pub use handle::{EngineHandle, RequestStream};
 pub use live::ENOUGH_TOKENS;

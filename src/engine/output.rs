@@ -34,9 +34,10 @@ pub struct Piece {
 }
 
 impl ChoiceOutput {
-    pub fn new(tokenizer: &Tokenizer, stop: StopParams) -> Self {
+    /// The output that follows `prompt`.
+    pub fn new(tokenizer: &Tokenizer, prompt: &[TokenId], stop: StopParams) -> Self {
         Self {
-            detokenizer: Detokenizer::new(tokenizer),
+            detokenizer: Detokenizer::after(tokenizer, prompt),
             stops: StopMatcher::new(&stop.strings),
             stop,
             tokens: 0,

@@ -1,37 +1,35 @@
 //! The loop of the engine thread.
 
 use std::{
-    cell::RefCell,
     collections::{HashMap, VecDeque},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, RwLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, sync_channel},
     },
     thread::JoinHandle,
     time::Duration,
 };
 
+use super::{
+    Event, Submission,
+    calibrate::measure,
+    device::{Device, DeviceError},
+    handle::{EngineHandle, Shared},
+    live::Live,
+    metering::{Books, Metering, StepRecord, keep_books},
+    request::RequestError,
+    snapshot::EngineSnapshot,
+};
 use crate::{
     cache::BlockKey,
     clock::Clock,
-    ledger::EndCause,
-    sampling::TokenLogprobs,
+    meter::{DeviceStep, Overhead, Owner, StepWork, Tokens},
     scheduler::{Limits, Scheduler, SeqSpec, StepPlan},
     text::Tokenizer,
-    types::{FinishReason, ModelId, SeqId, SlotId, TokenId},
-};
-
-use super::{
-    Event, Submission,
-    device::{Device, DeviceError, DeviceOutcome, DeviceStep, SampleSpec, ScoreSpec, SlotBegin},
-    handle::{EngineHandle, Shared},
-    inputs,
-    live::{Ended, Live, Lost},
-    request::RequestError,
-    snapshot::EngineSnapshot,
+    types::{FinishReason, ModelId, SeqId, TokenId},
 };
 
 /// How long the thread sleeps when every live sequence sits out.
@@ -53,12 +51,18 @@ pub struct EngineOptions {
     pub stream_buffer_events_max: usize,
     pub client_stall_max: Duration,
     pub eos_token_ids: Vec<TokenId>,
+    /// Of the model's attention, for what a step costs.
+    pub sliding_window: Option<usize>,
+    /// How long steps are timed before anyone is served; zero does without.
+    pub calibration: Duration,
 }
 
 /// A running engine thread.
 pub struct EngineThread {
     pub handle: EngineHandle,
     pub thread: JoinHandle<()>,
+    /// Who used the device.
+    pub books: Books,
 }
 
 /// Starts the thread; `make` builds the device on it, and its error is returned here.
@@ -80,48 +84,61 @@ pub fn start<D: Device>(
         draining: AtomicBool::new(false),
         alive: AtomicBool::new(true),
     });
+    let kept = keep_books(clock.now_ns()).map_err(|error| DeviceError(error.to_string()))?;
+    let (books, records, _) = kept;
     let (inbox, events) = sync_channel(options.waiting_requests_max + 16);
     let handle = EngineHandle { inbox, shared: shared.clone() };
     let (ready, made) = sync_channel(1);
     let thread = std::thread::Builder::new().name("candela-engine".into()).spawn(move || {
-        let device = match make() {
-            Ok(device) => device,
+        let engine = make().and_then(|device| {
+            let mut engine =
+                Engine::new(options, tokenizer, clock, device, shared.clone(), records);
+            engine.calibrate().map(|()| engine)
+        });
+        match engine {
+            Ok(engine) => {
+                let _ = ready.send(Ok(()));
+                engine.run(&events);
+            }
             Err(error) => {
                 shared.alive.store(false, Ordering::Release);
                 let _ = ready.send(Err(error));
-                return;
             }
-        };
-        let _ = ready.send(Ok(()));
-        Engine::new(options, tokenizer, clock, device, shared).run(&events);
+        }
     });
     let thread = thread.map_err(|error: io::Error| DeviceError(error.to_string()))?;
     made.recv().unwrap_or_else(|_| Err(DeviceError("the engine thread died".into())))?;
-    Ok(EngineThread { handle, thread })
+    Ok(EngineThread { handle, thread, books })
 }
 
 /// A launched step, and what its results mean.
-struct InFlight {
-    plan: StepPlan,
+pub(super) struct InFlight {
+    pub(super) plan: StepPlan,
+    pub(super) work: StepWork,
     /// Request of every score, in order.
-    scores: Vec<SeqId>,
+    pub(super) scores: Vec<SeqId>,
 }
 
-struct Engine<D> {
-    options: EngineOptions,
-    tokenizer: Tokenizer,
-    clock: Clock,
-    device: D,
-    shared: Arc<Shared>,
-    scheduler: Scheduler,
+pub(super) struct Engine<D> {
+    pub(super) options: EngineOptions,
+    pub(super) tokenizer: Tokenizer,
+    pub(super) clock: Clock,
+    pub(super) device: D,
+    pub(super) shared: Arc<Shared>,
+    pub(super) scheduler: Scheduler,
     /// By the sequence of the first choice.
-    live: HashMap<SeqId, Live>,
+    pub(super) live: HashMap<SeqId, Live>,
     /// Sequence to request and choice index.
-    owners: HashMap<SeqId, (SeqId, usize)>,
-    in_flight: VecDeque<InFlight>,
-    next_seq: u64,
-    counters: EngineSnapshot,
-    stopping: bool,
+    pub(super) owners: HashMap<SeqId, (SeqId, usize)>,
+    pub(super) in_flight: VecDeque<InFlight>,
+    pub(super) metering: Metering,
+    pub(super) books: Sender<StepRecord>,
+    /// Used since the last record.
+    pub(super) used: Vec<(Owner, Tokens)>,
+    pub(super) recorded_ns: u64,
+    pub(super) next_seq: u64,
+    pub(super) counters: EngineSnapshot,
+    pub(super) stopping: bool,
 }
 
 impl<D: Device> Engine<D> {
@@ -131,7 +148,9 @@ impl<D: Device> Engine<D> {
         clock: Clock,
         device: D,
         shared: Arc<Shared>,
+        books: Sender<StepRecord>,
     ) -> Self {
+        let metering = Metering::new(options.sliding_window);
         let scheduler = Scheduler::new(options.limits, options.kv_blocks);
         let engine = Self {
             options,
@@ -143,12 +162,38 @@ impl<D: Device> Engine<D> {
             live: HashMap::new(),
             owners: HashMap::new(),
             in_flight: VecDeque::new(),
+            metering,
+            books,
+            used: Vec::new(),
+            recorded_ns: 0,
             next_seq: 0,
             counters: EngineSnapshot::default(),
             stopping: false,
         };
         engine.publish();
         engine
+    }
+
+    /// Times steps; what that takes is the operator's.
+    fn calibrate(&mut self) -> Result<(), DeviceError> {
+        let options = &self.options;
+        if options.calibration.is_zero() {
+            return Ok(());
+        }
+        let samples = measure(
+            &mut self.device,
+            &options.limits,
+            options.kv_blocks,
+            self.metering.window(),
+            options.calibration,
+            &self.clock,
+        )?;
+        self.metering.calibrate(&samples);
+        let mut step = DeviceStep { end_ns: self.clock.now_ns(), ..DeviceStep::default() };
+        step.overhead_ns[Overhead::WarmUp as usize] =
+            samples.iter().map(|sample| sample.device_ns).sum();
+        self.record(step);
+        Ok(())
     }
 
     fn run(mut self, events: &Receiver<Event>) {
@@ -189,261 +234,6 @@ impl<D: Device> Engine<D> {
         Ok(launched || committed)
     }
 
-    fn plan(&mut self) -> StepPlan {
-        let depth = self.options.pipeline_depth;
-        let (live, owners) = (&self.live, &self.owners);
-        // Tokens that this plan takes of each request: its choices share one lease, in index order.
-        let taken: RefCell<HashMap<SeqId, u64>> = RefCell::default();
-        let payable = |seq: SeqId| {
-            let Some((owner, _)) = owners.get(&seq) else { return 0 };
-            let Some(request) = live.get(owner).filter(|live| live.has_room(depth)) else {
-                return 0;
-            };
-            let mut taken = taken.borrow_mut();
-            let taken = taken.entry(*owner).or_insert(0);
-            let left = request.lease.affordable().saturating_sub(request.in_flight + *taken);
-            *taken += u64::from(left > 0);
-            usize::from(left > 0)
-        };
-        let plan = self.scheduler.plan(&payable);
-        self.counters.preemptions += plan.preempted.len() as u64;
-        for admission in &plan.admitted {
-            let Some((request, _)) = self.owners.get(&admission.seq) else { continue };
-            if let Some(live) = self.live.get_mut(request)
-                && !std::mem::replace(&mut live.admitted, true)
-            {
-                self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
-            }
-        }
-        plan
-    }
-
-    fn launch(&mut self, plan: StepPlan) -> Result<(), DeviceError> {
-        let mut step = DeviceStep {
-            inputs: inputs::build(&plan, &self.scheduler, self.options.limits.block_tokens),
-            ..DeviceStep::default()
-        };
-        for admission in plan.admitted.iter().chain(&plan.forked) {
-            step.begins.extend(self.slot_begin(admission.seq, admission.slot));
-        }
-        let mut scores = Vec::new();
-        let mut row = 0;
-        for planned in &plan.seqs {
-            if planned.score {
-                self.add_scores(planned, row, &mut step, &mut scores);
-                row += planned.new_tokens as u32 - 1;
-            }
-            for target in &planned.samples {
-                self.count_in_flight(target.seq, 1);
-                step.samples.push(SampleSpec {
-                    logits_row: row,
-                    slot: target.slot,
-                    position: target.position as u32,
-                    banned: self.banned(target.seq, target.position),
-                });
-            }
-            row += u32::from(planned.score || !planned.samples.is_empty());
-        }
-        self.device.launch(&step)?;
-        self.counters.steps += 1;
-        self.in_flight.push_back(InFlight { plan, scores });
-        Ok(())
-    }
-
-    fn count_in_flight(&mut self, seq: SeqId, tokens: i64) {
-        let owner = self.owners.get(&seq).map(|(owner, _)| *owner);
-        if let Some(live) = owner.and_then(|owner| self.live.get_mut(&owner)) {
-            live.in_flight = live.in_flight.saturating_add_signed(tokens);
-        }
-    }
-
-    fn slot_begin(&self, seq: SeqId, slot: SlotId) -> Option<SlotBegin> {
-        let (request, choice) = *self.owners.get(&seq)?;
-        let request = &self.live.get(&request)?.request;
-        let sequence = self.scheduler.get(seq)?;
-        Some(SlotBegin {
-            slot,
-            params: request.sampling.clone(),
-            choice: choice as u32,
-            prompt: request.prompt.to_vec(),
-            output: sequence.output().to_vec(),
-        })
-    }
-
-    /// Row `r` of a scored chunk predicts the prompt token after it.
-    fn add_scores(
-        &self,
-        planned: &crate::scheduler::PlannedSeq,
-        first_row: u32,
-        step: &mut DeviceStep,
-        scores: &mut Vec<SeqId>,
-    ) {
-        let Some((owner, _)) = self.owners.get(&planned.seq) else { return };
-        let Some(live) = self.live.get(owner) else { return };
-        let top = live.request.prompt_logprobs.unwrap_or(0);
-        for offset in 0..planned.new_tokens {
-            if let Some(&token) = live.request.prompt.get(planned.first + offset + 1) {
-                step.scores.push(ScoreSpec { logits_row: first_row + offset as u32, token, top });
-                scores.push(*owner);
-            }
-        }
-    }
-
-    /// End tokens may not be drawn before `min_tokens`.
-    fn banned(&self, seq: SeqId, position: usize) -> Vec<TokenId> {
-        let request = self.owners.get(&seq).and_then(|(request, _)| self.live.get(request));
-        let early = request.is_some_and(|live| {
-            position < live.request.prompt.len() + live.request.stop.min_tokens as usize
-        });
-        if early { self.options.eos_token_ids.clone() } else { Vec::new() }
-    }
-
-    fn commit(&mut self, step: InFlight, outcome: DeviceOutcome) {
-        self.counters.device_busy_ns += outcome.device_ns;
-        for (owner, score) in step.scores.into_iter().zip(outcome.scores) {
-            if let Some(live) = self.live.get_mut(&owner) {
-                live.add_score(score);
-            }
-        }
-        let mut drawn = outcome.sampled.into_iter();
-        for planned in &step.plan.seqs {
-            self.commit_prompt(planned.seq, planned.first + planned.new_tokens);
-            for target in &planned.samples {
-                self.count_in_flight(target.seq, -1);
-                if let Some((token, logprobs)) = drawn.next() {
-                    self.commit_token(target.seq, token, logprobs);
-                }
-            }
-        }
-    }
-
-    /// Rows up to `end` are computed; ends a request that wants no output.
-    fn commit_prompt(&mut self, seq: SeqId, end: usize) {
-        let Some(&(owner, _)) = self.owners.get(&seq) else { return };
-        let Some(live) = self.live.get_mut(&owner) else { return };
-        if live.commit_prompt(end) {
-            for seq in live.choices.iter().map(|choice| choice.seq).collect::<Vec<_>>() {
-                self.finish(seq, FinishReason::Length);
-            }
-        }
-    }
-
-    fn commit_token(&mut self, seq: SeqId, token: TokenId, logprobs: Option<TokenLogprobs>) {
-        if self.scheduler.commit(seq, token).is_none() {
-            self.counters.discarded_tokens += 1;
-            return;
-        }
-        let Some(&(owner, index)) = self.owners.get(&seq) else { return };
-        let Some(live) = self.live.get_mut(&owner) else { return };
-        let ends = self.options.eos_token_ids.contains(&token);
-        let silent = self.tokenizer.is_special(token);
-        self.counters.generation_tokens += 1;
-        match live.commit_token(index, token, logprobs, ends, silent) {
-            Some(Ended::ByItself(reason)) => self.finish(seq, reason),
-            Some(Ended::Cut(cause)) => {
-                self.cut(owner, index, seq, cause);
-                self.close_if_done(owner);
-            }
-            None => {}
-        }
-    }
-
-    /// Ends one choice; the last one closes the request.
-    fn finish(&mut self, seq: SeqId, reason: FinishReason) {
-        self.scheduler.finish(seq);
-        let Some((owner, index)) = self.owners.remove(&seq) else { return };
-        *self.counters.finished(reason) += 1;
-        let Some(live) = self.live.get_mut(&owner) else { return };
-        live.finish(index, reason);
-        self.close_if_done(owner);
-    }
-
-    fn close_if_done(&mut self, owner: SeqId) {
-        if self.live.get(&owner).is_some_and(Live::is_done)
-            && let Some(live) = self.live.remove(&owner)
-        {
-            self.counters.prompt_tokens += live.prompt_tokens();
-            live.close();
-        }
-    }
-
-    /// Renews leases that run low, and ends requests whose money has ended.
-    fn settle_leases(&mut self) {
-        let mut ended = Vec::new();
-        for (owner, live) in &mut self.live {
-            live.lease.renew(live.live_sequences(), live.in_flight);
-            if let Some(cause) = live.lease.end(live.in_flight) {
-                ended.push((*owner, cause));
-            }
-        }
-        for (owner, cause) in ended {
-            let Some(live) = self.live.get(&owner) else { continue };
-            let choices = live.choices.iter().enumerate().filter(|(_, choice)| !choice.done);
-            let seqs: Vec<(usize, SeqId)> = choices.map(|(index, one)| (index, one.seq)).collect();
-            // From the last choice, so that no sibling inherits the prompt only to be dropped next.
-            for (index, seq) in seqs.into_iter().rev() {
-                self.cut(owner, index, seq, cause);
-            }
-            self.close_if_done(owner);
-        }
-    }
-
-    /// Ends one choice because of money or a rule.
-    fn cut(&mut self, owner: SeqId, index: usize, seq: SeqId, cause: EndCause) {
-        let Some(live) = self.live.get_mut(&owner) else { return };
-        let reason = live.cut(index, cause);
-        self.scheduler.finish(seq);
-        self.owners.remove(&seq);
-        *self.counters.finished(reason) += 1;
-    }
-
-    /// Ends a whole request early.
-    fn abort(&mut self, owner: SeqId, reason: FinishReason, error: Option<RequestError>) {
-        let Some(live) = self.live.remove(&owner) else { return };
-        if !live.admitted {
-            self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
-        }
-        self.counters.prompt_tokens += live.prompt_tokens();
-        // From the last choice, so that no sibling inherits the prompt only to be dropped next.
-        for choice in live.choices.iter().rev().filter(|choice| !choice.done) {
-            self.scheduler.finish(choice.seq);
-            self.owners.remove(&choice.seq);
-            *self.counters.finished(reason) += 1;
-        }
-        let cause = match reason {
-            FinishReason::Error => EndCause::Failed,
-            _ => EndCause::Aborted,
-        };
-        live.abort(cause, error);
-    }
-
-    fn abort_all(&mut self, error: &RequestError, reason: FinishReason) {
-        for owner in self.live.keys().copied().collect::<Vec<_>>() {
-            self.abort(owner, reason, Some(error.clone()));
-        }
-    }
-
-    /// Ends requests whose client went away or stopped reading.
-    fn reap(&mut self) {
-        let now_ns = self.clock.now_ns();
-        let stall_max_ns = self.options.client_stall_max.as_nanos() as u64;
-        let mut ended = Vec::new();
-        let depth = self.options.pipeline_depth;
-        for (owner, live) in &mut self.live {
-            match live.is_lost(depth, now_ns, stall_max_ns) {
-                Some(Lost::Gone) => ended.push((*owner, None)),
-                Some(Lost::Stalled) => {
-                    let stall_s = self.options.client_stall_max.as_secs();
-                    ended.push((*owner, Some(RequestError::ReaderStalled(stall_s))));
-                }
-                None => {}
-            }
-        }
-        for (owner, error) in ended {
-            self.abort(owner, FinishReason::Abort, error);
-        }
-    }
-
     /// Takes what has arrived; waits for the next event when there is nothing to do.
     fn take_events(&mut self, events: &Receiver<Event>, progressed: bool) {
         if !progressed || self.live.is_empty() {
@@ -475,7 +265,7 @@ impl<D: Device> Engine<D> {
         for (index, seq) in seqs.iter().enumerate() {
             self.owners.insert(*seq, (owner, index));
         }
-        let live = Live::new(submission, &seqs, &self.tokenizer);
+        let live = Live::new(submission, &seqs, &self.tokenizer, &self.options.model);
         self.scheduler.add(SeqSpec {
             choices: seqs,
             prompt: live.request.prompt.clone(),

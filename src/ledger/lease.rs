@@ -207,6 +207,11 @@ impl Lease {
         self.counted.steps += 1;
     }
 
+    /// Whether device time is what is charged.
+    pub fn bills_device(&self) -> bool {
+        self.opened().is_some_and(|opened| opened.terms.billing == Billing::Device)
+    }
+
     /// Sets what one more token may take of the device at most.
     pub fn bound_token(&mut self, bound_ns: u64) {
         if let Some(account) = &mut self.account {

@@ -7,6 +7,7 @@
 pub mod book;
 pub mod db;
 pub mod lease;
+mod reader;
 pub mod rows;
 pub mod schema;
 pub mod thread;
@@ -14,6 +15,7 @@ pub mod window;
 
 pub use book::{Book, transact};
 pub use lease::{Lease, LeaseEnd, Meterage};
+pub use reader::Reader;
 pub use rows::{
     Bill, Chain, Denial, EndCause, Event, Extension, Grant, Opened, Opening, Payer, Policy, Refusal,
 };

@@ -83,12 +83,23 @@ impl ModelConfig {
         if self.layer_windows.len() != self.layers || self.layer_windows.contains(&Some(0)) {
             return wrong(format!("windows {:?} of {} layers", self.layer_windows, self.layers));
         }
+        if let RopeScaling::Llama3 { low_freq_factor, high_freq_factor, .. } = &self.rope_scaling
+            && low_freq_factor >= high_freq_factor
+        {
+            return wrong(format!("low_freq_factor {low_freq_factor}, high {high_freq_factor}"));
+        }
         if let RopeScaling::Factors(factors) = &self.rope_scaling
             && factors.len() != self.head_dim / 2
         {
             return wrong(format!("{} rope factors for head_dim {}", factors.len(), self.head_dim));
         }
         Ok(())
+    }
+
+    /// How far back attention sees at most; `None` where any layer sees everything.
+    pub fn window(&self) -> Option<usize> {
+        let windows: Option<Vec<usize>> = self.layer_windows.iter().copied().collect();
+        windows?.into_iter().max()
     }
 
     /// Columns of the fused q, k, v.

@@ -18,7 +18,7 @@ impl ModelConfig {
     pub fn from_hf_json(text: &str) -> Result<Self, ModelError> {
         let json: Value = serde_json::from_str(text)
             .map_err(|error| ModelError::Format(format!("config.json: {error}")))?;
-        let json = Fields { json: &json, place: "" };
+        let json = Fields { object: &json, place: "" };
         let family = family(json)?;
         refuse_unknown(json)?;
         let heads = json.needed("num_attention_heads")?;
@@ -53,14 +53,19 @@ impl ModelConfig {
 /// An object of the file. A key whose value is null counts as left out.
 #[derive(Clone, Copy)]
 struct Fields<'a> {
-    json: &'a Value,
+    object: &'a Value,
     /// What precedes a key where it is named: the path of this object.
     place: &'static str,
 }
 
 impl<'a> Fields<'a> {
     fn get(self, key: &str) -> Option<&'a Value> {
-        self.json.get(key).filter(|value| !value.is_null())
+        self.object.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Whether the key is there, be it null.
+    fn states(self, key: &str) -> bool {
+        self.object.get(key).is_some()
     }
 
     fn wrong(self, key: &str, what: &str) -> ModelError {
@@ -145,11 +150,10 @@ fn refuse_unknown(json: Fields<'_>) -> Result<(), ModelError> {
 }
 
 fn kv_heads(json: Fields<'_>, family: Family, heads: usize) -> Result<usize, ModelError> {
-    let stated = json.json.get("num_key_value_heads").is_some();
     match json.size("num_key_value_heads")? {
         Some(kv_heads) => Ok(kv_heads),
         // Llama's means "as many as heads" where it is left out, the others' only where it is null.
-        None if stated || family == Family::Llama => Ok(heads),
+        None if json.states("num_key_value_heads") || family == Family::Llama => Ok(heads),
         None => Err(json.wrong("num_key_value_heads", "is missing")),
     }
 }
@@ -184,11 +188,11 @@ fn layer_windows(
 ) -> Result<Vec<Option<usize>>, ModelError> {
     let qwen = matches!(family, Family::Qwen2 | Family::Qwen3);
     let on = family == Family::Mistral || qwen && json.flag("use_sliding_window")?;
-    let window = match json.json.get("sliding_window") {
-        _ if !on => None,
+    let window = match on {
         // Null turns the window off; left out it is the default.
-        None => Some(SLIDING_WINDOW),
-        Some(_) => json.size("sliding_window")?,
+        true if json.states("sliding_window") => json.size("sliding_window")?,
+        true => Some(SLIDING_WINDOW),
+        false => None,
     };
     let full = match qwen {
         true => json.size("max_window_layers")?.unwrap_or(MAX_WINDOW_LAYERS).min(layers),
@@ -230,7 +234,7 @@ fn rope(json: Fields<'_>, max_position: usize) -> Result<(f64, RopeScaling), Mod
     if let Some((kind, _)) = object.iter().find(|(_, value)| value.is_object()) {
         return Err(ModelError::Unsupported(format!("{place}{kind}, rope by layer type,")));
     }
-    let fields = Fields { json: inner, place };
+    let fields = Fields { object: inner, place };
     for fields in [json, fields] {
         if fields.number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
             return Err(ModelError::Unsupported("partial_rotary_factor below one".into()));
@@ -320,6 +324,12 @@ mod tests {
                 "Llama",
                 json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "high_freq_factor": 4}}),
                 "rope_scaling.low_freq_factor is missing",
+            ),
+            (
+                "Llama",
+                json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4,
+                    "high_freq_factor": 4}}),
+                "low_freq_factor 4, high 4",
             ),
             ("Llama", json!({"rope_theta": "big"}), "rope_theta is not a number"),
             ("Llama", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),

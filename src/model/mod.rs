@@ -2,6 +2,8 @@
 
 pub mod config;
 pub mod gguf;
+mod gguf_blocks;
+mod gguf_value;
 pub mod hf_config;
 pub mod llama;
 pub mod load;

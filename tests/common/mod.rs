@@ -1,5 +1,7 @@
 //! Shared by the tests that need real weights.
 
+#[allow(dead_code, reason = "not every test wants a hub")]
+pub mod hub;
 #[allow(dead_code, reason = "not every test wants a server")]
 pub mod server;
 

@@ -148,6 +148,15 @@ impl Book<'_> {
         Ok(())
     }
 
+    /// Spent and held in the present window of a budget.
+    pub(super) fn spent_and_held(
+        &mut self,
+        budget: &Budget,
+    ) -> Result<(NanoUsd, NanoUsd), DbError> {
+        let (_, total) = self.total(budget, self.now_ns)?;
+        Ok((NanoUsd(total.posted.into()), NanoUsd(total.held.into())))
+    }
+
     /// Adds to the totals of the window that holds `at_ns`, in every budget of `scopes`.
     pub(super) fn count(
         &mut self,

@@ -4,8 +4,10 @@
 //! writes each of them once.
 
 mod budgets;
+mod listing;
 mod move_money;
 mod open;
+mod quote;
 mod rates;
 mod requests;
 mod running;
@@ -15,6 +17,8 @@ mod verify;
 use std::collections::{BTreeMap, HashMap};
 
 pub use budgets::Budget;
+pub use listing::{AuditRow, BudgetState, EventRow, KeyRow, OrgRow, PriceRow, TenantRow};
+pub use quote::Quote;
 pub use rates::RateLimit;
 pub use setup::{KeySpec, KnownKey, PriceSpec, Role, key_hash};
 pub use verify::Problem;

@@ -93,7 +93,10 @@ impl Book<'_> {
         Ok(Some(Account { chain, policy }))
     }
 
-    fn account_of_tenant(&mut self, tenant: &TenantId) -> Result<Option<Account>, DbError> {
+    pub(super) fn account_of_tenant(
+        &mut self,
+        tenant: &TenantId,
+    ) -> Result<Option<Account>, DbError> {
         let sql = "SELECT org_id, settings FROM tenant WHERE id = $1";
         let Some(row) = self.one(sql, &[tenant.as_str().into()])? else { return Ok(None) };
         let chain = Chain { org: OrgId::new(row.text(0)?), tenant: tenant.clone(), key: None };

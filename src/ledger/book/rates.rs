@@ -123,6 +123,11 @@ impl Book<'_> {
         )?;
         Ok(())
     }
+
+    /// Whether there was one.
+    pub fn delete_rate_limit(&mut self, scope: &str) -> Result<bool, DbError> {
+        Ok(self.execute("DELETE FROM rate_limit WHERE scope = $1", &[scope.into()])? > 0)
+    }
 }
 
 impl State {

@@ -140,6 +140,33 @@ impl Book<'_> {
         Ok(())
     }
 
+    /// Gives a tenant a name and a policy. Whether there is one.
+    pub fn change_tenant(
+        &mut self,
+        id: &TenantId,
+        name: &str,
+        policy: &Policy,
+    ) -> Result<bool, DbError> {
+        let sql = "UPDATE tenant SET name = $1, settings = $2 WHERE id = $3";
+        let values = [name.into(), settings(policy).into(), id.as_str().into()];
+        Ok(self.execute(sql, &values)? > 0)
+    }
+
+    /// Gives a key a name, a policy and an end. Whether there is one.
+    pub fn change_key(
+        &mut self,
+        id: &KeyId,
+        name: &str,
+        policy: &Policy,
+        expires_ns: Option<i64>,
+    ) -> Result<bool, DbError> {
+        let sql = "UPDATE api_key SET name = $1, settings = $2, expires_ns = $3 WHERE id = $4";
+        let values = [name.into(), settings(policy).into(), expires_ns.into(), id.as_str().into()];
+        let changed = self.execute(sql, &values)? > 0;
+        self.changed();
+        Ok(changed)
+    }
+
     /// As `add_key`, in the place of an older key with this id.
     pub fn replace_key(&mut self, key: &KeySpec) -> Result<(), DbError> {
         self.execute("DELETE FROM api_key WHERE id = $1", &[key.id.as_str().into()])?;
