@@ -56,6 +56,8 @@ impl Book<'_> {
     /// # Errors
     /// The database fails, or holds a value that this program never writes.
     pub fn verify(&mut self) -> Result<Vec<Problem>, DbError> {
+        // What this transaction has changed so far is to be seen as well.
+        self.write_totals()?;
         let mut found = Findings::default();
         self.verify_accounts(&mut found)?;
         self.verify_requests(&mut found)?;
