@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use candela::config::{ByteSize, Config, ConfigError, KvCacheDtype, Settings};
+use candela::config::{ByteSize, Config, ConfigError, KvCacheDtype, LedgerPlace, Settings};
 use clap::Parser;
 
 #[derive(Parser)]
@@ -168,4 +168,23 @@ fn sizes() {
     check("1.2.3", None);
     check("4GiBs", None);
     check("1e9", None);
+}
+
+#[test]
+fn a_ledger_is_a_directory_or_a_database_whose_password_stays_hidden() {
+    let place = |text: &str, flags: &[&str]| load(text, flags).unwrap().ledger;
+    let url = "postgres://u:sk-hidden@127.0.0.1/db";
+    for found in [place("", &["--ledger", url]), place(&format!("ledger = \"{url}\""), &[])] {
+        assert!(matches!(&found, LedgerPlace::Postgres(known) if known.reveal() == url));
+        assert!(!format!("{found:?}").contains("sk-hidden"));
+    }
+    let found = place("ledger = \"postgresql://h/db\"", &["--data-dir", "/tmp/x"]);
+    assert!(matches!(found, LedgerPlace::Postgres(_)), "the database comes first");
+    assert_eq!(place("data_dir = \"/tmp/x\"", &[]), LedgerPlace::Directory("/tmp/x".into()));
+    for wrong in
+        ["", "ledger.sqlite", "mysql://u:sk-hidden@h/db", "POSTGRES:sk-hidden", "sqlite:///x"]
+    {
+        refuses("", &["--ledger", wrong], &["ledger", "postgres://user:password@host", "data_dir"]);
+    }
+    refuses("ledger = 5", &[], &["line 1", "`ledger`"]);
 }

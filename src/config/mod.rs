@@ -34,6 +34,8 @@ pub struct Sources {
 pub enum LedgerPlace {
     /// A SQLite file in a directory.
     Directory(PathBuf),
+    /// A PostgreSQL database, by its URL, which may hold a password.
+    Postgres(Secret),
 }
 
 impl LedgerPlace {

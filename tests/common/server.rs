@@ -95,6 +95,7 @@ impl Server {
         self.data_dir.path()
     }
 
+    /// Everything it has logged so far.
     pub fn log(&self) -> String {
         self.log.lock().expect("not poisoned").clone()
     }
