@@ -35,6 +35,22 @@ fn refuses(text: &str, flags: &[&str], parts: &[&str]) {
 }
 
 #[test]
+fn prices_name_their_line_and_key() {
+    let price = |lines: &str| format!("port = 9\n[[price]]\nmodel = \"m\"\n{lines}\n");
+    let good = load(&price("input = \"0.02\"\noutput = \"0.04\"\ntenant = \"a\""), &[]).unwrap();
+    assert_eq!(good.prices.len(), 1);
+    assert_eq!(good.prices[0].rates.cached_input.0, 20_000_000);
+    refuses(&price("input = 0.02\noutput = \"1\""), &[], &["line 4", "`input`"]);
+    refuses(&price("input = \"1\"\noutput = \"1e3\""), &[], &["line 5", "`output`", "1e3"]);
+    refuses(&price("input = \"1\"\nouptut = \"1\""), &[], &["line 5", "`ouptut`", "output"]);
+    refuses(&price("input = \"1\""), &[], &["line 2", "`price`", "output"]);
+    refuses(&price("input = \"1\"\noutput = \"1\"\ncached_input = \"2\""), &[], &["cached"]);
+    refuses(&price("input = \"1\"\noutput = \"1\"\ngpu = \"abacus\""), &[], &["abacus", "l4"]);
+    refuses(&price("billing = \"device\""), &[], &["gpu_hour"]);
+    refuses("[[price]]\ninput = \"1\"\noutput = \"1\"", &[], &["line 1", "model"]);
+}
+
+#[test]
 fn a_flag_wins_over_the_file_and_that_over_the_default() {
     let check = |text: &str, flags: &[&str], port| {
         assert_eq!(load(text, flags).unwrap().port, port, "{text:?} {flags:?}");

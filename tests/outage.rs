@@ -83,7 +83,7 @@ fn a_full_disk_turns_new_work_away_and_passes() {
     set_up(&mut db, &["a"]);
     limit(&mut db, TENANT, 1_000_000_000);
     let pages = db.query("PRAGMA page_count", &[]).expect("rows")[0].int(0).expect("a number");
-    let (rigged, switches) = Rig::new(Box::new(open(&path)));
+    let (rigged, switches) = Rig::around(Box::new(open(&path)));
     let ledger = replica(rigged, "one", Duration::from_secs(100));
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+use super::reload::set_prices;
 use crate::{
     admission::LOCAL,
     clock::Clock,
@@ -123,6 +124,7 @@ fn set_up(db: &mut dyn Db, config: &Config, model: &ModelId, prices: Option<Pric
                 })?;
             }
         }
+        set_prices(book, &config.prices)?;
         if book.terms(&local, model)?.is_none() {
             let price = first_price(model, prices, &local);
             book.set_price(&price)?;

@@ -38,6 +38,7 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
             LEASE_OUTSTANDING_TOKENS_MAX,
             1..=COUNT_LIMIT,
         )?,
+        prices: settings.price.unwrap_or_default(),
         host,
         port: settings.port.unwrap_or(PORT),
         api_key: settings.api_key,

@@ -380,7 +380,7 @@ impl Desk {
             match (job, answer) {
                 (Job::Run { done, .. }, _) => done(Ok(())),
                 (Job::Open { opening, reply }, Answer::Opened(opened)) => {
-                    let lease = opened.map(|opened| self.lease(opening.request, opened));
+                    let lease = (*opened).map(|opened| self.lease(opening.request, opened));
                     // Where the client has left meanwhile, dropping the lease closes the request.
                     let _ = reply.send(lease.map_err(LedgerError::Refused));
                 }
@@ -520,14 +520,14 @@ fn present(book: &mut Book<'_>, options: &LedgerOptions) -> Result<bool, DbError
 /// What a job led to, to be told once it is durable.
 enum Answer {
     None,
-    Opened(Result<Opened, Refusal>),
+    Opened(Box<Result<Opened, Refusal>>),
     Grant(Grant),
     Bill(Option<Bill>),
 }
 
 fn perform(book: &mut Book<'_>, job: &mut Job, replica: &str) -> Result<Answer, DbError> {
     Ok(match job {
-        Job::Open { opening, .. } => Answer::Opened(book.open(opening, replica)?),
+        Job::Open { opening, .. } => Answer::Opened(Box::new(book.open(opening, replica)?)),
         Job::Run { work, .. } => {
             work(book)?;
             Answer::None

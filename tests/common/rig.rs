@@ -29,7 +29,7 @@ pub struct Rig {
 }
 
 impl Rig {
-    pub fn new(inner: Box<dyn Db>) -> (Box<dyn Db>, Arc<Switches>) {
+    pub fn around(inner: Box<dyn Db>) -> (Box<dyn Db>, Arc<Switches>) {
         let switches = Arc::new(Switches::default());
         (Box::new(Self { inner, switches: switches.clone() }), switches)
     }

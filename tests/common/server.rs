@@ -91,13 +91,13 @@ impl Server {
         panic!("no line with {parts:?} in {}", self.log.lock().expect("not poisoned"));
     }
 
+    pub fn data_dir(&self) -> &std::path::Path {
+        self.data_dir.path()
+    }
+
     /// Everything it has logged so far.
     pub fn log(&self) -> String {
         self.log.lock().expect("not poisoned").clone()
-    }
-
-    pub fn data_dir(&self) -> &std::path::Path {
-        self.data_dir.path()
     }
 
     pub fn id(&self) -> u32 {

@@ -128,7 +128,7 @@ fn a_full_disk_turns_new_work_away_and_passes() {
     let mut db = cluster.open(&url);
     set_up(&mut db, &["a"]);
     limit(&mut db, TENANT, 1_000_000_000);
-    let (rigged, _) = Rig::new(Box::new(cluster.open(&url)));
+    let (rigged, _) = Rig::around(Box::new(cluster.open(&url)));
     let ledger = replica(rigged, "one", Duration::from_secs(30));
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();

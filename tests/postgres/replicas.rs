@@ -105,7 +105,7 @@ fn what_a_silent_server_held_comes_back_when_that_is_safe() {
     // Room for one request alone.
     let first = 10 * INPUT_NANO + OUTPUT_NANO;
     limit(&mut db, TENANT, first + 2 * OUTPUT_NANO);
-    let (rigged, switches) = Rig::new(Box::new(cluster.open(&url)));
+    let (rigged, switches) = Rig::around(Box::new(cluster.open(&url)));
     let silent = replica(rigged, "silent", ttl);
     let other = replica(Box::new(cluster.open(&url)), "other", ttl);
     let runtime = runtime();
@@ -169,7 +169,7 @@ fn a_server_that_dies_leaves_no_hold_behind() {
     let mut db = cluster.open(&url);
     set_up(&mut db, &["a"]);
     limit(&mut db, TENANT, LIMIT);
-    let (rigged, switches) = Rig::new(Box::new(cluster.open(&url)));
+    let (rigged, switches) = Rig::around(Box::new(cluster.open(&url)));
     let dying = replica(rigged, "dying", ttl);
     let other = replica(Box::new(cluster.open(&url)), "other", ttl);
     let runtime = runtime();
@@ -211,7 +211,7 @@ fn an_answer_that_is_lost_leaves_no_hold_and_no_bill_behind() {
     let mut db = cluster.open(&url);
     set_up(&mut db, &["a"]);
     limit(&mut db, TENANT, LIMIT);
-    let (rigged, switches) = Rig::new(Box::new(cluster.open(&url)));
+    let (rigged, switches) = Rig::around(Box::new(cluster.open(&url)));
     // Beats are far apart, so that the answer that is lost is the one meant.
     let ledger = replica(rigged, "one", Duration::from_secs(100));
     let runtime = runtime();
@@ -228,7 +228,6 @@ fn an_answer_that_is_lost_leaves_no_hold_and_no_bill_behind() {
     }
     let found = db.query("SELECT id FROM request WHERE end_cause = 'ledger_lost'", &[]);
     let found = found.expect("rows").len();
-    println!("{found} of 20 answers were lost");
     // Beats lose their answers too, one a second.
     assert!(found >= 10, "{found} answers were lost");
     for round in 0..20 {

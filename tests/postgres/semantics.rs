@@ -32,7 +32,7 @@ fn check(test: fn(&mut dyn Db, &Switches)) {
 }
 
 fn on(db: Box<dyn Db>, test: fn(&mut dyn Db, &Switches)) {
-    let (mut db, switches): (_, Arc<Switches>) = Rig::new(db);
+    let (mut db, switches): (_, Arc<Switches>) = Rig::around(db);
     set_up(&mut *db, &["a", "b"]);
     test(&mut *db, &switches);
     prove(&mut *db);
