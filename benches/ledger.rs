@@ -39,8 +39,9 @@ const SET_UP_GROUP: usize = 5_000;
 const LIMIT_NANO: i128 = 1_000_000_000_000_000;
 
 fn main() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all();
-    let runtime = runtime.build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.expect("a runtime");
     println!(
         "| database | tenants | keys | clients | commit p50/p99 ms | open p50/p99 ms | requests/s |"
     );
