@@ -22,7 +22,10 @@ impl<D: Device> Engine<D> {
         let (live, owners) = (&self.live, &self.owners);
         // Tokens that this plan takes of each request: its choices share one lease, in index order.
         let taken: RefCell<HashMap<SeqId, u64>> = RefCell::default();
-        let payable = |seq: SeqId| {
+        // Asked twice of a sequence that enters the batch: for its seat, and for its first rows. The
+        // seat is of use only with the same answer.
+        let answers: RefCell<HashMap<SeqId, usize>> = RefCell::default();
+        let answer = |seq: SeqId| {
             let Some((owner, _)) = owners.get(&seq) else { return 0 };
             let Some(request) = live.get(owner).filter(|live| live.has_room(depth)) else {
                 return 0;
@@ -33,6 +36,7 @@ impl<D: Device> Engine<D> {
             *taken += u64::from(left > 0);
             usize::from(left > 0)
         };
+        let payable = |seq| *answers.borrow_mut().entry(seq).or_insert_with(|| answer(seq));
         let plan = self.scheduler.plan(&payable);
         self.counters.preemptions += plan.preempted.len() as u64;
         for admission in &plan.admitted {

@@ -227,7 +227,9 @@ fn an_answer_that_is_lost_leaves_no_hold_and_no_bill_behind() {
         }
     }
     let found = db.query("SELECT id FROM request WHERE end_cause = 'ledger_lost'", &[]);
-    assert!(found.expect("rows").len() >= 15, "the answers were lost");
+    let found = found.expect("rows").len();
+    // Beats lose their answers too, one a second.
+    assert!(found >= 10, "{found} answers were lost");
     for round in 0..20 {
         let id = format!("c{round}");
         let mut lease =

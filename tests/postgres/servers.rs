@@ -85,7 +85,8 @@ fn two_servers_never_pass_a_budget_together() {
     let (posted, left) = total(&mut db, TENANT).expect("a total");
     println!("{} answers cost {posted} of {LIMIT}, {} refused", costs.len(), 60 - costs.len());
     assert_eq!((i128::from(posted), left), (costs.iter().sum::<i128>(), 0));
-    assert!(costs.len() < 60, "the budget was met");
+    // Whether the last ones are refused or cut short depends on the machine; that it is used up does not.
+    assert!(i128::from(posted) > LIMIT - LIMIT / 100, "{posted} of {LIMIT}");
     for server in &servers {
         assert!(!server.log().contains("pass-hidden"), "the password is logged");
     }
