@@ -15,16 +15,24 @@ pub mod cli;
 pub mod api;
 /// Tokenizer, chat template, incremental detokenizer, stop strings.
 pub mod text;
+/// What operators do, for REST and the command line.
+pub mod admin;
 /// Metrics for Prometheus.
 pub mod telemetry;
 /// Who may enter.
 pub mod admission;
 /// Model ids and paths to files on disk.
 pub mod registry;
-/// Money: decimal USD to integer nano-USD.
+/// Money: decimal USD to integer nano-USD, usage to money.
 pub mod price;
+/// Accounts, budgets, holds and posts: every nano-USD, durable and provable.
+pub mod ledger;
 /// The engine thread: plan, run, commit.
 pub mod engine;
+/// Device time and energy: who used what, and nothing lost; pure.
+pub mod meter;
+/// What NVIDIA's driver says about the GPUs.
+pub mod gpu;
 /// Queues and policy; pure.
 pub mod scheduler;
 /// KV block allocator and block keys; pure.

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::server::{DEADLINE, Server};
 use reqwest::Method;
@@ -43,6 +43,9 @@ async fn the_api_on_real_weights() {
     tokens_and_text(&server).await;
     errors(&server).await;
     ids_logs_and_metrics(&server).await;
+    natural_stops(&server).await;
+    usage_so_far(&server).await;
+    utilization_is_whole(&server).await;
     a_client_that_goes_away(&server).await;
 }
 
@@ -159,7 +162,14 @@ async fn streams_say_what_whole_answers_say(server: &Server) {
     with_usage["stream_options"] = json!({"include_usage": true});
     let chunks = stream(server, "/v1/completions", with_usage).await;
     let (usage, chunks) = chunks.split_last().expect("chunks");
-    assert_eq!((&usage["usage"], &usage["choices"]), (&whole["usage"], &json!([])));
+    // Everything but the device's time, which is measured.
+    let timeless = |usage: &Value| {
+        let mut usage = usage.clone();
+        usage["cost_details"]["gpu_ms"] = Value::Null;
+        usage
+    };
+    assert_eq!(timeless(&usage["usage"]), timeless(&whole["usage"]));
+    assert_eq!(usage["choices"], json!([]));
     for index in 0..4 {
         let mine =
             || chunks.iter().map(|one| &one["choices"][0]).filter(|one| one["index"] == index);
@@ -221,6 +231,7 @@ async fn errors(server: &Server) {
         ("response_format", json!({"type": "json_object"})),
         ("metadata", json!({"a": 1})),
         ("messages", json!([])),
+        ("user", json!("a\u{0}b")),
         ("stop", json!(["a", "b", "c", "d", "e"])),
     ] {
         let (status, error) = server.post(chat, with(key, value.clone())).await;
@@ -269,8 +280,12 @@ async fn ids_logs_and_metrics(server: &Server) {
     let request = server.http.post(format!("{}/v1/completions", server.url));
     let response =
         request.header("x-request-id", "mine-7").body(body).send().await.expect("answers");
-    assert_eq!(response.headers()["x-request-id"], "mine-7");
+    // Ours, as the ledger knows it; the client's own is logged beside it.
+    let id = response.headers()["x-request-id"].to_str().expect("text").to_owned();
     let line = server.logged(&["\"mine-7\"", "request"]).await;
+    assert_eq!((&line["request_id"], &line["tenant"]), (&json!(id), &json!("local")), "{line}");
+    let answer: Value = response.json().await.expect("json");
+    assert_eq!(answer["usage"]["cost"], line["cost_usd"]);
     assert_eq!((&line["outcome"], &line["completion_tokens"]), (&json!("ok"), &json!(3)), "{line}");
     assert!(
         line["ttft_ms"].as_f64() > Some(0.0)
@@ -279,6 +294,64 @@ async fn ids_logs_and_metrics(server: &Server) {
     assert!(server.metric("vllm:generation_tokens_total").await >= 3.0);
     assert!(server.metric("vllm:time_to_first_token_seconds_count").await >= 1.0);
     assert_eq!(server.metric("vllm:num_requests_waiting").await, 0.0);
+}
+
+async fn natural_stops(server: &Server) {
+    let ask = async |natural: Value| {
+        let body = json!({
+            "prompt": "The sea is", "max_tokens": 40, "ignore_eos": true, "natural_stop": natural,
+        });
+        complete(server, body).await["choices"][0].clone()
+    };
+    let whole = ask(json!(false)).await;
+    assert!(whole.get("candela").is_none(), "{whole}");
+    let cut = ask(json!({"enough_tokens": 5})).await;
+    let (whole_text, cut_text) =
+        (whole["text"].as_str().expect("text"), cut["text"].as_str().expect("text"));
+    assert_eq!(cut["candela"]["stop_cause"], "natural_stop", "{cut}");
+    assert_eq!(cut["finish_reason"], "length");
+    assert!(cut_text.ends_with(['.', '!', '?', '\n']), "{cut_text:?}");
+    assert!(
+        cut_text.len() < whole_text.len() && whole_text.starts_with(cut_text),
+        "{whole_text:?}"
+    );
+    for wrong in [json!("yes"), json!({}), json!({"enough_tokens": 0}), json!(3)] {
+        let body = json!({"model": "m", "prompt": "x", "natural_stop": wrong});
+        let (status, answer) = server.post("/v1/completions", body).await;
+        assert_eq!((status.as_u16(), &answer["error"]["param"]), (400, &json!("natural_stop")));
+    }
+}
+
+async fn usage_so_far(server: &Server) {
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let body = json!({"prompt": "One, two,", "max_tokens": 6, "stream_options": options});
+    let chunks = stream(server, "/v1/completions", body).await;
+    let costs: Vec<f64> = chunks
+        .iter()
+        .map(|chunk| chunk["usage"]["cost"].as_str().expect("a cost").parse().expect("decimal"))
+        .collect();
+    assert!(costs.len() >= 3 && costs.is_sorted(), "{costs:?}");
+    let last = &chunks[chunks.len() - 1]["usage"];
+    assert_eq!(last["completion_tokens"], 6);
+    assert!(last["cost_details"]["gpu_ms"].as_f64() > Some(0.0), "{last}");
+}
+
+async fn utilization_is_whole(server: &Server) {
+    let path = "/admin/v1/gpu/utilization?window=1h&by=tenant";
+    // The books are of whole seconds, and kept by a thread of their own.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    let response = server.send(Method::GET, path, &Value::Null).await;
+    let report: Value = response.json().await.expect("json");
+    let rows = report["rows"].as_array().expect("rows");
+    let share: f64 = rows.iter().filter_map(|row| row["share"].as_f64()).sum();
+    assert!((share - 1.0).abs() < 1e-9, "{report}");
+    let local = rows.iter().find(|row| row["name"] == "local").expect("the local tenant");
+    assert!(local["device_ms"].as_f64() > Some(0.0) && local["output_tokens"].as_u64() > Some(0));
+    for query in ["window=5", "window=0s", "by=user", "windows=5m"] {
+        let path = format!("/admin/v1/gpu/utilization?{query}");
+        let response = server.send(Method::GET, &path, &Value::Null).await;
+        assert_eq!(response.status(), 400, "{query}");
+    }
 }
 
 async fn a_client_that_goes_away(server: &Server) {

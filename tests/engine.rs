@@ -2,12 +2,13 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{cell::Cell, time::Duration};
 
 use candela::{
     cli::assemble::{Assembled, EngineSpec, assemble},
     clock::Clock,
     engine::{GenerateRequest, RequestStream, StopParams, StreamEvent},
+    ledger::Lease,
     ops::KvDtype,
     registry::ModelSource,
     sampling::SamplingParams,
@@ -27,6 +28,7 @@ fn start(change: impl FnOnce(&mut EngineSpec)) -> Assembled {
         pipeline_depth: 2,
         stream_buffer_events_max: 256,
         client_stall_max: Duration::from_secs(60),
+        calibration: Duration::ZERO,
     };
     change(&mut spec);
     let source = ModelSource::Gguf { path: common::default_model() };
@@ -40,15 +42,26 @@ fn chat(model: &Assembled, text: &str) -> Vec<u32> {
 }
 
 fn submit(model: &Assembled, prompt: Vec<u32>, choices: u32, temperature: f32) -> RequestStream {
+    let stop = StopParams { max_tokens: 24, ..Default::default() };
+    submit_until(model, prompt, choices, temperature, stop)
+}
+
+fn submit_until(
+    model: &Assembled,
+    prompt: Vec<u32>,
+    choices: u32,
+    temperature: f32,
+    stop: StopParams,
+) -> RequestStream {
     let request = GenerateRequest {
         id: RequestId::new("r"),
         prompt: prompt.into(),
         choices,
         sampling: SamplingParams { temperature, seed: 7, logprobs: Some(0), ..Default::default() },
-        stop: StopParams { max_tokens: 24, ..Default::default() },
+        stop,
         prompt_logprobs: None,
     };
-    model.engine.handle.submit(request).expect("submitted")
+    model.engine.handle.submit(request, Lease::unlimited()).expect("submitted")
 }
 
 /// Text and token ids of every choice.
@@ -56,11 +69,11 @@ async fn read(mut stream: RequestStream, choices: usize) -> Vec<(String, Vec<u32
     let mut out = vec![(String::new(), Vec::new()); choices];
     while let Some(event) = stream.next().await {
         match event {
-            StreamEvent::Delta { choice, text, tokens } => {
+            StreamEvent::Delta { choice, text, tokens, .. } => {
                 out[choice as usize].0.push_str(&text);
                 out[choice as usize].1.extend(tokens.iter().map(|token| token.id));
             }
-            StreamEvent::Done(_) => return out,
+            StreamEvent::Done(..) => return out,
             StreamEvent::Error(error) => panic!("{error}"),
             _ => {}
         }
@@ -151,6 +164,81 @@ async fn check_tokens(kv_dtype: KvDtype) {
         let snapshot = model.engine.handle.snapshot();
         assert_eq!((snapshot.kv_blocks_used, snapshot.live_seqs), (0, 0), "{name}");
     }
+}
+
+const STAYING: usize = 32;
+const OTHERS: usize = 6;
+
+/// Request `index`: no two have the same prompt, and half of them sample. Those that stay end
+/// together, late.
+fn ask(model: &Assembled, index: usize) -> RequestStream {
+    let text = format!("{index}. {}", PROMPTS[index % PROMPTS.len()].repeat(1 + index % 3));
+    let prompt = model.tokenizer.encode(&text, true).expect("tokens");
+    let max_tokens = if index < STAYING { 24 } else { 8 };
+    let stop = StopParams { max_tokens, ignore_eos: true, ..Default::default() };
+    submit_until(model, prompt, 1, (index % 2) as f32, stop)
+}
+
+/// Others beside those that stay, until `done`: of three one is read to its end, one leaves after
+/// some tokens, one at once. Returns how many left, and the most sequences that ran together.
+async fn come_and_go(
+    model: &Assembled,
+    solo: &[Vec<(String, Vec<u32>)>],
+    done: &Cell<bool>,
+) -> (u64, usize) {
+    let (mut left, mut running_max) = (0, 0);
+    for round in 0.. {
+        let streams: Vec<_> = (0..OTHERS).map(|other| ask(model, STAYING + other)).collect();
+        for (other, mut stream) in streams.into_iter().enumerate() {
+            if (other + round) % 3 == 0 {
+                assert_eq!(read(stream, 1).await, solo[STAYING + other], "other {other}");
+                continue;
+            }
+            for _ in 0..(other + round) % 3 * round % 7 {
+                stream.next().await;
+            }
+            drop(stream);
+            left += 1;
+            running_max = running_max.max(model.engine.handle.snapshot().running_seqs);
+        }
+        if done.get() {
+            break;
+        }
+    }
+    (left, running_max)
+}
+
+#[tokio::test]
+async fn a_full_batch_with_others_coming_and_going_gives_solo_tokens() {
+    let model = start(|spec| (spec.pipeline_depth, spec.threads) = (1, 1));
+    let mut solo = Vec::new();
+    for index in 0..STAYING + OTHERS {
+        solo.push(read(ask(&model, index), 1).await);
+    }
+    model.engine.handle.stop();
+    // Steps smaller than what arrives, so that prompts are cut.
+    let model = start(|spec| {
+        spec.running_seqs_max = STAYING + OTHERS / 2;
+        spec.step_tokens_max = 160;
+    });
+    let done = Cell::new(false);
+    let streams: Vec<_> = (0..STAYING).map(|index| ask(&model, index)).collect();
+    let stay = async {
+        for (index, stream) in streams.into_iter().enumerate() {
+            assert_eq!(read(stream, 1).await, solo[index], "staying {index}");
+        }
+        done.set(true);
+    };
+    let ((), (left, running_max)) = tokio::join!(stay, come_and_go(&model, &solo, &done));
+    assert!(running_max > STAYING, "at most {running_max} ran together");
+    model.engine.handle.stop();
+    model.engine.thread.join().expect("the engine ends in peace");
+    let end = model.engine.handle.snapshot();
+    assert!(
+        left > 0 && end.finished_abort > 0 && end.finished_abort <= left,
+        "{left} left: {end:?}"
+    );
+    assert_eq!((end.kv_blocks_used, end.live_seqs), (0, 0));
 }
 
 #[tokio::test]

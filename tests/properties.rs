@@ -17,6 +17,7 @@ use candela::{
     types::BlockId,
 };
 use proptest::prelude::*;
+use serde_json::json;
 
 /// The system's allocator, which notes the largest block that a thread asks for.
 struct Watched;
@@ -109,7 +110,7 @@ fn gguf_file() -> Vec<u8> {
     let mut out = b"GGUF".to_vec();
     out.extend(3u32.to_le_bytes());
     out.extend(2u64.to_le_bytes());
-    out.extend(4u64.to_le_bytes());
+    out.extend(6u64.to_le_bytes());
     text(&mut out, "general.architecture");
     out.extend(8u32.to_le_bytes());
     text(&mut out, "llama");
@@ -126,6 +127,18 @@ fn gguf_file() -> Vec<u8> {
     out.extend([9u32, 5].map(u32::to_le_bytes).concat());
     out.extend(3u64.to_le_bytes());
     out.extend([1i32, 3, 1].map(i32::to_le_bytes).concat());
+    text(&mut out, "scores");
+    out.extend([9u32, 6].map(u32::to_le_bytes).concat());
+    out.extend(2u64.to_le_bytes());
+    out.extend([-1.5f32, 0.0].map(f32::to_le_bytes).concat());
+    text(&mut out, "lists");
+    out.extend([9u32, 9].map(u32::to_le_bytes).concat());
+    out.extend(2u64.to_le_bytes());
+    out.extend(7u32.to_le_bytes());
+    out.extend(2u64.to_le_bytes());
+    out.extend([0, 1]);
+    out.extend(8u32.to_le_bytes());
+    out.extend(0u64.to_le_bytes());
     for (name, offset) in [("x.weight", 0u64), ("y.weight", 64)] {
         text(&mut out, name);
         out.extend(2u32.to_le_bytes());
@@ -154,8 +167,32 @@ fn sound(mut ranges: Vec<std::ops::Range<usize>>, len: usize) -> bool {
 
 #[test]
 fn the_undamaged_files_are_read() {
-    assert_eq!(Gguf::parse(&gguf_file()).expect("reads").tensors.len(), 2);
+    let gguf = Gguf::parse(&gguf_file()).expect("reads");
+    assert_eq!(gguf.tensors.len(), 2);
+    assert_eq!(gguf.get_u32("llama.block_count"), Some(2));
+    assert_eq!(gguf.get_str_array("tokens"), Some(vec!["a", "bc", "def"]));
+    assert_eq!(gguf.get_i32_array("types"), Some(vec![1, 3, 1]));
+    assert_eq!(gguf.get_f32_array("scores"), Some(vec![-1.5, 0.0]));
+    for key in ["types", "lists", "llama.block_count", "absent"] {
+        assert_eq!((gguf.get_str_array(key), gguf.get_f32_array(key)), (None, None), "{key}");
+    }
     assert_eq!(safetensors::parse(&safetensors_file()).expect("reads").len(), 2);
+}
+
+/// Vocabularies have hundreds of thousands of values: an array takes what the file has of it.
+#[test]
+fn long_arrays_stay_compact() {
+    const VALUES: u64 = 200_000;
+    for (kind, value) in [(0u32, &b"\x01"[..]), (6, b"\0\0\x80\x3f"), (8, b"\x01\0\0\0\0\0\0\0a")] {
+        let mut file = [&b"GGUF"[..], &3u32.to_le_bytes(), &0u64.to_le_bytes()].concat();
+        file.extend([&1u64.to_le_bytes()[..], &1u64.to_le_bytes(), b"k"].concat());
+        file.extend([9, kind].map(u32::to_le_bytes).concat());
+        file.extend(VALUES.to_le_bytes());
+        file.extend(value.repeat(VALUES as usize));
+        let (parsed, largest) = largest(|| Gguf::parse(&file));
+        assert!(parsed.expect("reads").metadata("k").is_some());
+        assert!(largest <= file.len() + 64, "type {kind}: {largest} bytes of {}", file.len());
+    }
 }
 
 fn config() -> ProptestConfig {
@@ -257,6 +294,41 @@ proptest! {
         prop_assert_eq!(text, &whole[..cut.unwrap_or(whole.len())]);
     }
 
+    /// Against a search at every place. Literals overlap and begin one another, one is a character.
+    #[test]
+    fn special_tokens_are_found_where_they_stand(text in "[<a>bé]{0,24}") {
+        let tokenizer = special_tokenizer();
+        let (mut expected, mut plain, mut rest) = (Vec::new(), String::new(), text.as_str());
+        let flush = |plain: &mut String, ids: &mut Vec<u32>| {
+            ids.extend(tokenizer.encode(&std::mem::take(plain), false).expect("encodes"));
+        };
+        while let Some(first) = rest.chars().next() {
+            let here = SPECIAL.iter().filter(|literal| rest.starts_with(**literal));
+            match here.max_by_key(|literal| literal.len()) {
+                Some(literal) => {
+                    flush(&mut plain, &mut expected);
+                    expected.extend(tokenizer.special_id(literal));
+                    rest = &rest[literal.len()..];
+                }
+                None => {
+                    plain.push(first);
+                    rest = &rest[first.len_utf8()..];
+                }
+            }
+        }
+        flush(&mut plain, &mut expected);
+        prop_assert_eq!(tokenizer.encode_with_special(&text, NONCE).expect("encodes"), expected);
+
+        let defused = tokenizer.defuse(&text, NONCE);
+        let around = format!("</end>{defused}</end>");
+        let ids = tokenizer.encode_with_special(&around, NONCE).expect("encodes");
+        let end = tokenizer.special_id("</end>").expect("a literal");
+        let Some((first, [inner @ .., last])) = ids.split_first() else { panic!("{ids:?}") };
+        prop_assert_eq!((*first, *last), (end, end));
+        prop_assert_eq!(inner, tokenizer.encode(&text, false).expect("encodes"), "typed: {:?}", defused);
+        prop_assert_eq!(defused.replace(NONCE, ""), text);
+    }
+
     /// Tokens one at a time give the text of all at once, and never half a character.
     #[test]
     fn the_detokenizer_agrees_with_decoding_at_once(ids in prop::collection::vec(0u32..400, 0..40), text in "\\PC{0,20}") {
@@ -272,6 +344,39 @@ proptest! {
         let pieces: String = ids.iter().map(|id| detokenizer.push(*id)).collect();
         prop_assert_eq!(pieces, text, "nothing is left over, and nothing is a replacement");
     }
+}
+
+const SPECIAL: [&str; 7] = ["<a>", "<a><b>", "a>b", "aa", "é", ">>", "</end>"];
+const NONCE: char = '\u{10fffd}';
+
+/// Single characters, and special tokens.
+fn special_tokenizer() -> &'static Tokenizer {
+    static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
+    TOKENIZER.get_or_init(|| {
+        let mut vocab = serde_json::Map::new();
+        for token in ["<", "a", ">", "b", "Ã", "©"].into_iter().chain(SPECIAL) {
+            vocab.insert(token.into(), vocab.len().into());
+        }
+        let added = SPECIAL.map(|literal| {
+            json!({"id": vocab[literal], "content": literal, "special": true, "single_word": false,
+                "lstrip": false, "rstrip": false, "normalized": false})
+        });
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        let document = json!({"added_tokens": added, "pre_tokenizer": bytes, "decoder": bytes,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []}});
+        Tokenizer::from_json(document.to_string().as_bytes(), None).expect("a vocabulary")
+    })
+}
+
+/// A search of the rest of the text for every literal at every hit would take minutes.
+#[test]
+fn long_chats_are_split_in_one_pass() {
+    const HITS: usize = 500_000;
+    let (tokenizer, text) = (special_tokenizer(), "<a>".repeat(HITS));
+    let start = std::time::Instant::now();
+    assert_eq!(tokenizer.encode_with_special(&text, NONCE).expect("encodes").len(), HITS);
+    assert_eq!(tokenizer.defuse(&text, NONCE).matches(NONCE).count(), HITS);
+    assert!(start.elapsed() < std::time::Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
 /// The vocabulary of the default model; its first ids are control tokens and single bytes.

@@ -3,27 +3,49 @@
 use std::path::{Path, PathBuf};
 
 /// Top-level modules, and those of this crate that each may name.
-const MAY_KNOW: [(&str, &[&str]); 15] = [
+const MAY_KNOW: [(&str, &[&str]); 19] = [
     ("types", &[]),
     ("clock", &[]),
     ("config", &["types", "price"]),
     ("price", &["types"]),
+    ("meter", &["types"]),
+    ("gpu", &["types"]),
     ("scheduler", &["types", "cache"]),
     ("cache", &["types"]),
     ("ops", &[]),
     ("model", &["types", "ops"]),
     ("sampling", &["types", "ops"]),
     ("text", &["types"]),
-    ("telemetry", &["engine"]),
-    ("admission", &["types", "clock", "price", "engine"]),
+    ("telemetry", &["engine", "meter"]),
+    ("admission", &["types", "clock", "price", "ledger"]),
+    ("ledger", &["types", "clock", "price"]),
+    ("admin", &["types", "price", "ledger"]),
     ("registry", &["types", "price", "model", "text"]),
-    ("engine", &["types", "clock", "scheduler", "cache", "model", "ops", "sampling", "text"]),
+    (
+        "engine",
+        &[
+            "types",
+            "clock",
+            "scheduler",
+            "cache",
+            "model",
+            "ops",
+            "sampling",
+            "text",
+            "ledger",
+            "meter",
+            "price",
+        ],
+    ),
     (
         "api",
         &[
             "types",
             "clock",
             "admission",
+            "admin",
+            "ledger",
+            "meter",
             "text",
             "registry",
             "price",

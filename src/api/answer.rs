@@ -4,10 +4,12 @@
 use serde_json::{Value, json};
 
 use crate::{
-    engine::{OutputToken, RequestUsage, StreamEvent},
+    engine::{OutputToken, RequestUsage, SoFar, StreamEvent},
+    ledger::{Bill, EndCause},
+    price::usd,
     sampling::TokenLogprobs,
-    text::Tokenizer,
-    types::TokenId,
+    text::{Lead, Tokenizer},
+    types::{NanoUsd, TokenId},
 };
 
 use super::ApiError;
@@ -43,14 +45,19 @@ pub struct Options {
     pub created_unix_s: u64,
     pub model: String,
     pub tokenizer: Tokenizer,
-    pub prompts: usize,
+    /// Of each prompt.
+    pub prompt_tokens: Vec<u32>,
     /// Of each prompt.
     pub choices: u32,
     pub stream: bool,
     pub include_usage: bool,
+    /// Every chunk says what its request has used and owes so far.
+    pub continuous_usage: bool,
     pub logprobs: bool,
     /// One a prompt, if prompts are repeated.
     pub echoes: Option<Vec<Echo>>,
+    /// One a prompt: what the text of its choices loses at its start.
+    pub leads: Vec<Lead>,
 }
 
 /// Follows the events of one request.
@@ -59,6 +66,9 @@ pub struct Answer {
     id: String,
     choices: Vec<Choice>,
     usage: RequestUsage,
+    /// One a prompt.
+    bills: Vec<Bill>,
+    so_far: Vec<SoFar>,
     prompts_done: usize,
     error: Option<String>,
 }
@@ -69,8 +79,12 @@ struct Choice {
     text: String,
     tokens: Vec<OutputToken>,
     finish: Option<&'static str>,
+    /// Where money or a rule of the tenant ended it.
+    stop_cause: Option<EndCause>,
     /// Characters that tokens so far have begun.
     characters: usize,
+    /// What their text may still lose.
+    lead: Lead,
     echoed: bool,
 }
 
@@ -78,9 +92,21 @@ impl Answer {
     pub fn new(options: Options) -> Self {
         let prefix = if options.shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
         let id = format!("{prefix}-{}", uuid::Uuid::new_v4().simple());
-        let mut choices = Vec::new();
-        choices.resize_with(options.prompts * options.choices as usize, Choice::default);
-        Self { options, id, choices, usage: RequestUsage::default(), prompts_done: 0, error: None }
+        let of_prompt = |lead: &Lead| {
+            let choice = |_| Choice { lead: *lead, ..Choice::default() };
+            (0..options.choices).map(choice).collect::<Vec<_>>()
+        };
+        let choices = options.leads.iter().flat_map(of_prompt).collect();
+        Self {
+            so_far: vec![SoFar::default(); options.prompt_tokens.len()],
+            options,
+            id,
+            choices,
+            usage: RequestUsage::default(),
+            bills: Vec::new(),
+            prompts_done: 0,
+            error: None,
+        }
     }
 
     pub fn model(&self) -> &str {
@@ -97,7 +123,7 @@ impl Answer {
 
     /// Whether nothing more is to come.
     pub fn is_complete(&self) -> bool {
-        self.prompts_done == self.options.prompts || self.error.is_some()
+        self.prompts_done == self.options.prompt_tokens.len() || self.error.is_some()
     }
 
     /// Why it ended early.
@@ -138,7 +164,7 @@ impl Answer {
         if self.is_complete() {
             if self.options.include_usage {
                 let mut chunk = self.envelope(json!([]));
-                chunk["usage"] = usage(self.usage);
+                chunk["usage"] = self.usage();
                 chunks.push(chunk.to_string());
             }
             chunks.push("[DONE]".to_owned());
@@ -161,7 +187,8 @@ impl Answer {
                 all.clone().for_each(|index| self.echo(prompt, index, Some(&scores)));
                 all
             }
-            StreamEvent::Delta { choice, text, tokens } => {
+            StreamEvent::Delta { choice, text, tokens, so_far } => {
+                self.so_far[prompt] = so_far;
                 let index = first + choice as usize;
                 self.echo(prompt, index, None);
                 let choice = &mut self.choices[index];
@@ -171,13 +198,15 @@ impl Answer {
                 }
                 index..index + 1
             }
-            StreamEvent::Finish { choice, reason } => {
+            StreamEvent::Finish { choice, reason, cause } => {
                 let index = first + choice as usize;
                 self.echo(prompt, index, None);
                 self.choices[index].finish = Some(reason.as_openai());
+                self.choices[index].stop_cause = cause;
                 index..index + 1
             }
-            StreamEvent::Done(counts) => {
+            StreamEvent::Done(counts, bill) => {
+                self.bills.extend(bill);
                 self.usage.prompt_tokens += counts.prompt_tokens;
                 self.usage.cached_tokens += counts.cached_tokens;
                 self.usage.completion_tokens += counts.completion_tokens;
@@ -214,7 +243,8 @@ impl Answer {
                 let finish = choice.finish;
                 let logprobs =
                     if self.options.logprobs { self.logprobs(index, &tokens) } else { Value::Null };
-                match self.options.shape {
+                let stop_cause = self.choices[index].stop_cause;
+                let mut whole = match self.options.shape {
                     Shape::Chat => json!({
                         "index": index, "logprobs": logprobs, "finish_reason": finish,
                         "message": {"role": "assistant", "content": text, "refusal": null},
@@ -222,12 +252,39 @@ impl Answer {
                     Shape::Completion => json!({
                         "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish,
                     }),
-                }
+                };
+                mark(&mut whole, stop_cause);
+                whole
             })
             .collect();
         let mut whole = self.envelope(choices.into());
-        whole["usage"] = usage(self.usage);
+        whole["usage"] = self.usage();
         whole
+    }
+
+    /// Tokens, and what they cost once that is durable.
+    fn usage(&self) -> Value {
+        let counts = self.usage;
+        let mut usage = json!({
+            "prompt_tokens": counts.prompt_tokens,
+            "completion_tokens": counts.completion_tokens,
+            "total_tokens": counts.prompt_tokens + counts.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+        });
+        if self.bills.len() == self.options.prompt_tokens.len() {
+            let sum = |amount: fn(&Bill) -> NanoUsd| {
+                usd::format(NanoUsd(self.bills.iter().map(|bill| amount(bill).0).sum()))
+            };
+            let device_ns: u64 = self.bills.iter().map(|bill| bill.used.device_ns).sum();
+            usage["cost"] = sum(|bill| bill.cost).into();
+            usage["cost_details"] = json!({
+                "token": sum(|bill| bill.token_cost),
+                "gpu": sum(|bill| bill.device_cost),
+                "price_version": self.bills[0].price_version,
+                "gpu_ms": device_ns as f64 / 1e6,
+            });
+        }
+        usage
     }
 
     fn envelope(&self, choices: Value) -> Value {
@@ -251,12 +308,22 @@ impl Answer {
         finish: Option<&str>,
     ) -> String {
         let mut choice = json!({"index": index, "logprobs": logprobs, "finish_reason": finish});
+        mark(&mut choice, self.choices[index].stop_cause.filter(|_| finish.is_some()));
         match self.options.shape {
             Shape::Chat => choice["delta"] = delta,
             Shape::Completion => choice["text"] = text.into(),
         }
         let mut chunk = self.envelope(json!([choice]));
-        if self.options.include_usage {
+        if self.options.continuous_usage {
+            let prompt = index / self.options.choices as usize;
+            let (prompt_tokens, so_far) = (self.options.prompt_tokens[prompt], self.so_far[prompt]);
+            chunk["usage"] = json!({
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": so_far.completion_tokens,
+                "total_tokens": prompt_tokens + so_far.completion_tokens,
+                "cost": usd::format(so_far.cost),
+            });
+        } else if self.options.include_usage {
             chunk["usage"] = Value::Null;
         }
         chunk.to_string()
@@ -282,10 +349,10 @@ impl Answer {
             Shape::Completion => {
                 let (mut texts, mut offsets) = (Vec::new(), Vec::new());
                 let (mut chosen, mut tops) = (Vec::new(), Vec::new());
-                let characters = &mut self.choices[index].characters;
+                let Choice { characters, lead, .. } = &mut self.choices[index];
                 for token in tokens {
                     texts.push(label(tokenizer, token.id, "bytes:"));
-                    let bytes = tokenizer.token_bytes(token.id);
+                    let bytes = tokenizer.piece(token.id, lead);
                     let continues = bytes.first().is_some_and(|byte| !begins(*byte));
                     offsets.push(characters.saturating_sub(usize::from(continues)));
                     *characters += bytes.iter().filter(|byte| begins(**byte)).count();
@@ -305,6 +372,13 @@ impl Answer {
                 })
             }
         }
+    }
+}
+
+/// Says beside `finish_reason` what OpenAI has no word for.
+fn mark(choice: &mut Value, stop_cause: Option<EndCause>) {
+    if let Some(cause) = stop_cause {
+        choice["candela"] = json!({"stop_cause": cause.name()});
     }
 }
 
@@ -333,13 +407,4 @@ fn label(tokenizer: &Tokenizer, id: TokenId, prefix: &str) -> String {
         return tokenizer.token_text(id);
     }
     bytes.iter().fold(prefix.to_owned(), |text, byte| text + &format!("\\x{byte:02x}"))
-}
-
-fn usage(usage: RequestUsage) -> Value {
-    json!({
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    })
 }

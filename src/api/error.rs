@@ -8,7 +8,13 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use crate::{engine::SubmitError, text::TextError};
+use crate::{
+    admin::AdminError,
+    admission::Denied,
+    engine::SubmitError,
+    ledger::{LedgerError, Refusal, book::Role},
+    text::TextError,
+};
 
 /// An answer that is not a success.
 #[derive(Debug)]
@@ -19,11 +25,21 @@ pub struct ApiError {
     pub param: Option<String>,
     pub message: String,
     pub retry_after_s: Option<u64>,
+    /// What SDKs are told by `x-should-retry`, where the status alone would mislead them.
+    pub should_retry: Option<bool>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, code: None, param: None, message: message.into(), retry_after_s: None }
+        Self {
+            status,
+            kind,
+            code: None,
+            param: None,
+            message: message.into(),
+            retry_after_s: None,
+            should_retry: None,
+        }
     }
 
     /// A request that has to be changed, and which field of it.
@@ -70,6 +86,13 @@ impl ApiError {
         Self { code: Some("invalid_api_key"), ..error }
     }
 
+    /// A key that is valid, but not for this.
+    pub fn role(least: Role) -> Self {
+        let message = format!("this needs a key of role {} or above", least.name());
+        let error = Self::new(StatusCode::FORBIDDEN, "invalid_request_error", message);
+        Self { code: Some("insufficient_permissions"), ..error }
+    }
+
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
@@ -104,6 +127,97 @@ impl From<SubmitError> for ApiError {
     }
 }
 
+impl From<Denied> for ApiError {
+    fn from(denied: Denied) -> Self {
+        match denied {
+            Denied::Key => Self::invalid_key(),
+            Denied::Ledger(error) => error.into(),
+        }
+    }
+}
+
+impl From<AdminError> for ApiError {
+    fn from(error: AdminError) -> Self {
+        let message = error.to_string();
+        match error {
+            AdminError::Field { field, .. } => Self::invalid(Some(&field), message),
+            AdminError::NotFound { field, .. } => Self::not_found(&message).at(field),
+            AdminError::Conflict { field, .. } => {
+                Self::new(StatusCode::CONFLICT, "invalid_request_error", message).at(field)
+            }
+            AdminError::Ended => Self::invalid_key(),
+            AdminError::Db(_) => LedgerError::Unavailable(message).into(),
+        }
+    }
+}
+
+impl From<LedgerError> for ApiError {
+    fn from(error: LedgerError) -> Self {
+        match error {
+            LedgerError::Refused(refusal) => refusal.into(),
+            LedgerError::Unavailable(_) | LedgerError::Busy(_) => {
+                Self { code: Some("ledger_unavailable"), ..Self::unavailable(error.to_string()) }
+            }
+        }
+    }
+}
+
+impl From<Refusal> for ApiError {
+    fn from(refusal: Refusal) -> Self {
+        let message = refusal.to_string();
+        let error = |status, kind, code| Self {
+            code: Some(code),
+            ..Self::new(status, kind, message.clone())
+        };
+        let bad = StatusCode::BAD_REQUEST;
+        let many = StatusCode::TOO_MANY_REQUESTS;
+        let later = |error: Self, after_ns: i64| Self {
+            retry_after_s: Some((after_ns.max(0) as u64).div_ceil(1_000_000_000).max(1)),
+            ..error
+        };
+        let never = |error: Self| Self { should_retry: Some(false), ..error };
+        match refusal {
+            Refusal::Key => Self::invalid_key(),
+            Refusal::ModelForbidden(_) => {
+                let error = error(StatusCode::FORBIDDEN, "permission_error", "model_not_allowed");
+                error.at("model")
+            }
+            Refusal::UnknownPrice(_) => {
+                error(StatusCode::SERVICE_UNAVAILABLE, "server_error", "unknown_price")
+            }
+            Refusal::CapTooLow { .. } => {
+                error(bad, "invalid_request_error", "max_cost_too_low").at("max_cost_usd")
+            }
+            Refusal::Budget { .. } => {
+                never(error(many, "insufficient_quota", "insufficient_quota"))
+            }
+            Refusal::RequestsPerMinute { retry_after_ns, .. }
+            | Refusal::TokensPerMinute { retry_after_ns, .. } => {
+                later(error(many, "rate_limit_error", "rate_limit_exceeded"), retry_after_ns)
+            }
+            Refusal::InputOverRate { .. } => {
+                never(error(many, "rate_limit_error", "request_too_large"))
+            }
+            Refusal::Sequences { .. } => {
+                later(error(many, "rate_limit_error", "too_many_sequences"), 0)
+            }
+            Refusal::IdempotencyMismatch => error(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "invalid_request_error",
+                "idempotency_key_reused",
+            ),
+            Refusal::IdempotencyRunning(_) => never(error(
+                StatusCode::CONFLICT,
+                "invalid_request_error",
+                "idempotency_key_in_progress",
+            )),
+            Refusal::IdempotencyDone(_) => {
+                never(error(StatusCode::CONFLICT, "invalid_request_error", "idempotency_key_done"))
+            }
+        }
+    }
+}
+
 impl From<BytesRejection> for ApiError {
     fn from(error: BytesRejection) -> Self {
         match error.status() {
@@ -127,6 +241,10 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, Json(self.body())).into_response();
         if let Some(seconds) = self.retry_after_s {
             response.headers_mut().insert("retry-after", HeaderValue::from(seconds));
+        }
+        if let Some(retry) = self.should_retry {
+            let value = HeaderValue::from_static(if retry { "true" } else { "false" });
+            response.headers_mut().insert("x-should-retry", value);
         }
         response
     }

@@ -6,6 +6,7 @@ use axum::{
     Extension, Json,
     body::Bytes,
     extract::{State, rejection::BytesRejection},
+    http::HeaderMap,
     response::{
         IntoResponse, Response,
         sse::{Event, KeepAlive, Sse},
@@ -14,8 +15,11 @@ use axum::{
 use futures_util::{Stream, StreamExt, stream};
 
 use crate::{
+    admission::Caller,
     engine::{GenerateRequest, RequestStream, StreamEvent},
-    types::RequestId,
+    ledger::{LedgerError, Opening},
+    price::usd,
+    types::{NanoUsd, RequestId},
 };
 
 use super::{
@@ -32,42 +36,59 @@ const SSE_KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Proxies of the nginx kind hold a stream back unless told not to.
 const NO_PROXY_BUFFER: (&str, &str) = ("x-accel-buffering", "no");
 
+const CAP_HEADER: &str = "x-candela-max-cost-usd";
+const IDEMPOTENCY_HEADER: &str = "idempotency-key";
+const IDEMPOTENCY_BYTES_MAX: usize = 255;
+
 type Input = Result<Bytes, BytesRejection>;
 
 pub async fn chat_completions(
     state: State<Arc<AppState>>,
     record: Extension<Arc<Record>>,
+    caller: Extension<Caller>,
+    headers: HeaderMap,
     body: Input,
 ) -> Result<Response, ApiError> {
-    answer(state, record, body?, Shape::Chat).await
+    answer(state, record, caller, &headers, body?, Shape::Chat).await
 }
 
 pub async fn completions(
     state: State<Arc<AppState>>,
     record: Extension<Arc<Record>>,
+    caller: Extension<Caller>,
+    headers: HeaderMap,
     body: Input,
 ) -> Result<Response, ApiError> {
-    answer(state, record, body?, Shape::Completion).await
+    answer(state, record, caller, &headers, body?, Shape::Completion).await
 }
 
 async fn answer(
     State(state): State<Arc<AppState>>,
     Extension(record): Extension<Arc<Record>>,
+    Extension(caller): Extension<Caller>,
+    headers: &HeaderMap,
     body: Bytes,
     shape: Shape,
 ) -> Result<Response, ApiError> {
+    record.tenant(caller.tenant.as_str());
+    let money = Money::of_headers(headers, &body)?;
     // Templates and tokenizers take their time on long prompts: not on the threads that serve.
     let prepare = tokio::task::spawn_blocking({
         let (state, record) = (state.clone(), record.clone());
-        move || prepare(&state, &record, &body, shape)
+        move || prepare(&state, &record, caller, money, &body, shape)
     });
-    let (requests, answer) =
+    let Prepared { requests, answer } =
         prepare.await.map_err(|_| ApiError::internal("preparing the request failed"))??;
     record.begin(answer.model(), requests.len() * answer.choices() as usize);
-    // A refusal drops the streams of the prompts before it, which aborts them.
-    let streams: Vec<RequestStream> = requests
+    // A refusal drops the leases and streams of the prompts before it, which costs nothing.
+    let opened = requests.into_iter().map(async |(request, opening)| {
+        let lease = state.ledger.open(opening).await?;
+        Ok::<_, LedgerError>((request, lease))
+    });
+    let opened = futures_util::future::try_join_all(opened).await?;
+    let streams: Vec<RequestStream> = opened
         .into_iter()
-        .map(|request| state.model.engine.submit(request))
+        .map(|(request, lease)| state.model.engine.submit(request, lease))
         .collect::<Result<_, _>>()?;
     let events = merge(streams);
     if answer.is_streamed() {
@@ -78,12 +99,53 @@ async fn answer(
     collect(events, answer, &record).await
 }
 
-fn prepare(
+/// What the headers say about money.
+pub(super) struct Money {
+    cap: Option<NanoUsd>,
+    /// The key, and the hash of the body it stands for.
+    idempotency: Option<(String, [u8; 32])>,
+}
+
+impl Money {
+    pub(super) fn of_headers(headers: &HeaderMap, body: &[u8]) -> Result<Self, ApiError> {
+        let text = |name: &'static str| {
+            let value = headers.get(name).map(|value| value.to_str());
+            value
+                .transpose()
+                .map_err(|_| ApiError::invalid(None, format!("`{name}` must be ASCII")))
+        };
+        let cap = text(CAP_HEADER)?.map(usd::parse).transpose();
+        let cap = cap.map_err(|error| ApiError::invalid(Some(CAP_HEADER), error.to_string()))?;
+        let idempotency = match text(IDEMPOTENCY_HEADER)? {
+            None => None,
+            Some(key) if (1..=IDEMPOTENCY_BYTES_MAX).contains(&key.len()) => {
+                Some((key.to_owned(), *blake3::hash(body).as_bytes()))
+            }
+            Some(_) => {
+                let message = format!(
+                    "`{IDEMPOTENCY_HEADER}` must have 1 to {IDEMPOTENCY_BYTES_MAX} characters"
+                );
+                return Err(ApiError::invalid(Some(IDEMPOTENCY_HEADER), message));
+            }
+        };
+        Ok(Self { cap, idempotency })
+    }
+}
+
+/// A call that was read and checked: one request a prompt.
+pub(super) struct Prepared {
+    pub requests: Vec<(GenerateRequest, Opening)>,
+    answer: Answer,
+}
+
+pub(super) fn prepare(
     state: &AppState,
     record: &Record,
+    caller: Caller,
+    money: Money,
     bytes: &[u8],
     shape: Shape,
-) -> Result<(Vec<GenerateRequest>, Answer), ApiError> {
+) -> Result<Prepared, ApiError> {
     let body = Body::parse(bytes)?;
     let model = &state.model;
     match body.text("model")? {
@@ -92,8 +154,10 @@ fn prepare(
         None => return Err(ApiError::invalid(Some("model"), "`model` must name a served model")),
     }
     body.check_supported(shape)?;
+    let cap = body.amount("max_cost_usd")?.into_iter().chain(money.cap).min();
+    let (user_label, metadata) = body.labels()?;
     let stream = body.flag("stream")?;
-    let include_usage = body.include_usage(stream)?;
+    let (include_usage, continuous_usage) = body.usage_options(stream)?;
     let choices = body.integer("n", 1..=u64::from(state.choices_max))?.unwrap_or(1) as u32;
     let logprobs = body.logprobs(shape, state.logprobs_top_max)?;
     let mut sampling = body.sampling(model.tokenizer.vocab_size())?;
@@ -128,15 +192,40 @@ fn prepare(
         let tokens = longest + stop.max_tokens as usize;
         return Err(ApiError::too_long(tokens, model.context_tokens_max).at(shape.prompt_field()));
     }
-    let requests = prompts.iter().enumerate().map(|(index, (ids, _))| GenerateRequest {
-        id: RequestId::new(format!("{}/{index}", record.id())),
-        prompt: ids.clone().into(),
-        choices,
-        sampling: sampling.clone(),
-        stop: stop.clone(),
-        prompt_logprobs: logprobs.filter(|_| echo),
+    let parts = prompts.len() as u32;
+    let mut idempotency = money.idempotency;
+    let requests = prompts.iter().enumerate().map(|(index, (ids, _))| {
+        let id = match parts {
+            1 => RequestId::new(record.id()),
+            _ => RequestId::new(format!("{}/{index}", record.id())),
+        };
+        let opening = Opening {
+            request: id.clone(),
+            payer: caller.payer.clone(),
+            model: model.id.clone(),
+            user_label: user_label.clone(),
+            metadata: metadata.clone(),
+            input_tokens: ids.len() as u64,
+            choices,
+            device_bound_ns: 0,
+            cap,
+            parts,
+            // The first prompt stands for the call.
+            idempotency: idempotency.take(),
+        };
+        let request = GenerateRequest {
+            id,
+            prompt: ids.clone().into(),
+            choices,
+            sampling: sampling.clone(),
+            stop: stop.clone(),
+            prompt_logprobs: logprobs.filter(|_| echo),
+        };
+        (request, opening)
     });
     let requests: Vec<_> = requests.collect();
+    let lead = |(ids, _): &(Vec<u32>, _)| model.tokenizer.lead_after(if echo { &[] } else { ids });
+    let leads = prompts.iter().map(lead).collect();
     let echoes = echo.then(|| {
         let texts = prompts.into_iter().map(|(ids, text)| Echo {
             text: text.unwrap_or_else(|| model.tokenizer.decode(&ids)),
@@ -149,14 +238,16 @@ fn prepare(
         created_unix_s: state.clock.unix_s(),
         model: model.id.as_str().to_owned(),
         tokenizer: model.tokenizer.clone(),
-        prompts: requests.len(),
+        prompt_tokens: requests.iter().map(|(request, _)| request.prompt.len() as u32).collect(),
         choices,
         stream,
         include_usage,
+        continuous_usage,
         logprobs: logprobs.is_some(),
         echoes,
+        leads,
     });
-    Ok((requests, answer))
+    Ok(Prepared { requests, answer })
 }
 
 /// The events of all prompts as they come, each with the index of its prompt.

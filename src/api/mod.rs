@@ -1,16 +1,19 @@
 //! HTTP: OpenAI's API over an engine.
 
+mod admin;
 mod answer;
 mod error;
+mod estimate;
 mod generate;
 mod record;
 mod request;
 mod tokens;
+mod utilization;
 
 use std::{sync::Arc, time::Duration};
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     extract::{DefaultBodyLimit, Path, State},
     http::StatusCode,
     response::{IntoResponse, Response},
@@ -20,8 +23,11 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use crate::{
+    admission::{Caller, Door},
     clock::Clock,
-    engine::EngineHandle,
+    engine::{EngineHandle, metering::Books},
+    ledger::{Ledger, Reader, book::Role},
+    meter::By,
     telemetry::Metrics,
     text::{ChatTemplate, Tokenizer},
     types::ModelId,
@@ -32,6 +38,8 @@ pub use error::ApiError;
 /// How much of a body that is too large is read before the refusal, and how long.
 const DISCARDED_BYTES_MAX: usize = 64 << 20;
 const DISCARD_TIME_MAX: Duration = Duration::from_secs(10);
+/// What shares of the device's time in the metrics are of.
+const METRICS_WINDOW: Duration = Duration::from_secs(60);
 
 /// A model as it is served.
 pub struct ServedModel {
@@ -47,7 +55,11 @@ pub struct ServedModel {
 pub struct AppState {
     pub model: ServedModel,
     pub clock: Clock,
-    pub api_key: Option<crate::admission::ApiKey>,
+    pub door: Door,
+    pub ledger: Ledger,
+    /// Who used the device.
+    pub books: Books,
+    pub reader: Reader,
     pub choices_max: u32,
     pub logprobs_top_max: u32,
     /// Longest output of one choice.
@@ -62,11 +74,18 @@ pub fn router(state: Arc<AppState>, body_bytes_max: usize) -> Router {
         .route("/v1/completions", post(generate::completions))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route("/v1/cost/estimate", post(estimate::estimate))
         .route("/v1/models", get(models))
         .route("/v1/models/{id}", get(model))
+        .merge(admin::routes())
+        .route_layer(axum::middleware::from_fn_with_state(state.clone(), check_key));
+    let operators = Router::new()
+        .route("/admin/v1/gpu/utilization", get(utilization::utilization))
+        .route_layer(axum::middleware::from_fn(check_operator))
         .route_layer(axum::middleware::from_fn_with_state(state.clone(), check_key));
     Router::new()
         .merge(keyed)
+        .merge(operators)
         .route("/health", get(|| async { "ok" }))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
@@ -107,18 +126,33 @@ async fn check_size(
     ApiError::too_large().into_response()
 }
 
+/// Finds out who calls; handlers get a [`crate::admission::Caller`].
 async fn check_key(
     State(state): State<Arc<AppState>>,
+    mut request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> Response {
+    let given = request.headers().get("authorization").and_then(|value| value.to_str().ok());
+    let given = given.and_then(|value| value.strip_prefix("Bearer ")).map(str::to_owned);
+    match state.door.identify(given.as_deref()).await {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(denied) => ApiError::from(denied).into_response(),
+    }
+}
+
+/// What concerns all tenants is for operators.
+async fn check_operator(
+    Extension(caller): Extension<Caller>,
     request: axum::extract::Request,
     next: axum::middleware::Next,
 ) -> Response {
-    let Some(key) = &state.api_key else { return next.run(request).await };
-    let given = request.headers().get("authorization").and_then(|value| value.to_str().ok());
-    let given = given.and_then(|value| value.strip_prefix("Bearer "));
-    if given.is_some_and(|given| key.matches(given)) {
+    if caller.role >= Role::Operator {
         return next.run(request).await;
     }
-    ApiError::invalid_key().into_response()
+    ApiError::role(Role::Operator).into_response()
 }
 
 async fn ready(State(state): State<Arc<AppState>>) -> Response {
@@ -132,6 +166,7 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
 async fn openapi(State(state): State<Arc<AppState>>) -> Result<Json<serde_json::Value>, ApiError> {
     let mut document: serde_json::Value = serde_json::from_str(include_str!("openapi.json"))
         .map_err(|error| ApiError::internal(error.to_string()))?;
+    admin::describe(&mut document);
     document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
     let schemas = &mut document["components"]["schemas"];
     schemas["ModelId"]["enum"] = json!([state.model.id.as_str()]);
@@ -150,7 +185,9 @@ async fn openapi(State(state): State<Arc<AppState>>) -> Result<Json<serde_json::
 
 async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
-    match state.metrics.render(&state.model.engine.snapshot(), tasks) {
+    let window_ns = METRICS_WINDOW.as_nanos() as u64;
+    let device = state.books.lock().utilization(state.clock.now_ns(), window_ns, By::Tenant);
+    match state.metrics.render(&state.model.engine.snapshot(), tasks, &device) {
         Ok(text) => {
             ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
         }

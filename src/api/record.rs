@@ -17,12 +17,12 @@ use axum::{
 };
 use futures_util::FutureExt;
 
-use crate::{clock::Clock, engine::StreamEvent, telemetry::Metrics};
+use crate::{clock::Clock, engine::StreamEvent, price::usd, telemetry::Metrics, types::NanoUsd};
 
 use super::{ApiError, AppState};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Longest id taken over from a client.
+/// Longest id of a client that is logged beside ours.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Asked for every few seconds by machines; logged at debug level.
 const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
@@ -30,6 +30,7 @@ const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 /// What becomes known of a request.
 pub struct Record {
     id: String,
+    client_id: Option<String>,
     method: String,
     path: String,
     clock: Clock,
@@ -47,6 +48,8 @@ struct Facts {
     last_ns: Vec<u64>,
     prompt_tokens: u32,
     completion_tokens: u32,
+    cost_nano_usd: i128,
+    tenant: String,
     finish: Vec<&'static str>,
     begun: bool,
     complete: bool,
@@ -58,8 +61,9 @@ impl Record {
         let given = request.headers().get(&REQUEST_ID).and_then(|id| id.to_str().ok());
         let given = given.filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX);
         Self {
-            id: given
-                .map_or_else(|| format!("req-{}", uuid::Uuid::now_v7().simple()), str::to_owned),
+            // Never the client's own: the ledger knows requests by this, and two clients may agree.
+            id: format!("req-{}", uuid::Uuid::now_v7().simple()),
+            client_id: given.map(str::to_owned),
             method: request.method().to_string(),
             path: request.uri().path().to_owned(),
             clock: state.clock.clone(),
@@ -85,6 +89,11 @@ impl Record {
         facts.last_ns = vec![0; choices];
     }
 
+    /// Who pays became known.
+    pub fn tenant(&self, tenant: &str) {
+        self.facts().tenant = tenant.to_owned();
+    }
+
     /// An event of the prompt whose first choice has the index `first`.
     pub fn event(&self, first: usize, event: &StreamEvent) {
         let now_ns = self.clock.now_ns();
@@ -101,7 +110,8 @@ impl Record {
                 }
             }
             StreamEvent::Finish { reason, .. } => facts.finish.push(reason.as_openai()),
-            StreamEvent::Done(usage) => {
+            StreamEvent::Done(usage, bill) => {
+                facts.cost_nano_usd += bill.as_ref().map_or(0, |bill| bill.cost.0);
                 facts.prompt_tokens += usage.prompt_tokens;
                 facts.completion_tokens += usage.completion_tokens;
             }
@@ -136,6 +146,7 @@ impl Drop for Record {
             ($level:ident) => {
                 tracing::$level!(
                     request_id = self.id,
+                    client_request_id = self.client_id,
                     method = self.method,
                     path = self.path,
                     outcome,
@@ -143,6 +154,8 @@ impl Drop for Record {
                     model = facts.model,
                     prompt_tokens = facts.prompt_tokens,
                     completion_tokens = facts.completion_tokens,
+                    tenant = facts.tenant,
+                    cost_usd = usd::format(NanoUsd(facts.cost_nano_usd)),
                     finish = facts.finish.join(","),
                     ttft_ms = facts.first_ns.map(|first_ns| ms(first_ns - self.started_ns)),
                     duration_ms = ms(now_ns - self.started_ns),

@@ -3,9 +3,11 @@
 use serde_json::{Map, Value};
 
 use crate::{
-    engine::StopParams,
+    engine::{ENOUGH_TOKENS, StopParams},
+    price::usd,
     sampling::SamplingParams,
     text::{ChatMessage, Tokenizer},
+    types::NanoUsd,
 };
 
 use super::{ApiError, ServedModel, answer::Shape};
@@ -27,7 +29,7 @@ const UNSUPPORTED: [&str; 10] = [
 ];
 
 /// Fields that are read, or that change nothing here.
-const KNOWN: [&str; 35] = [
+const KNOWN: [&str; 37] = [
     "add_generation_prompt",
     "echo",
     "frequency_penalty",
@@ -35,6 +37,7 @@ const KNOWN: [&str; 35] = [
     "logit_bias",
     "logprobs",
     "max_completion_tokens",
+    "max_cost_usd",
     "max_tokens",
     "messages",
     "metadata",
@@ -42,6 +45,7 @@ const KNOWN: [&str; 35] = [
     "min_tokens",
     "model",
     "n",
+    "natural_stop",
     "parallel_tool_calls",
     "presence_penalty",
     "prompt",
@@ -67,6 +71,8 @@ const KNOWN: [&str; 35] = [
 
 /// What `metadata` may hold, as OpenAI bounds it.
 const METADATA_ENTRIES_MAX: usize = 16;
+/// Longest `user`.
+const USER_BYTES_MAX: usize = 256;
 
 /// A JSON object of a request.
 pub struct Body(Map<String, Value>);
@@ -96,6 +102,35 @@ impl Body {
     pub fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
         let value = self.get(key).map(|v| v.as_bool().ok_or_else(|| wrong(key, "true or false")));
         Ok(value.transpose()?.unwrap_or(default))
+    }
+
+    /// An amount in USD: a decimal string, or a number as it was written.
+    pub fn amount(&self, key: &str) -> Result<Option<NanoUsd>> {
+        let text = match self.get(key) {
+            None => return Ok(None),
+            Some(Value::String(text)) => text.clone(),
+            // Display of a float is the shortest decimal that reads as the same float, which is what
+            // was written unless that had more digits than an amount may have.
+            Some(Value::Number(number)) => number
+                .as_u64()
+                .map_or_else(|| format!("{}", number.as_f64().unwrap_or(-1.0)), |n| n.to_string()),
+            Some(_) => return Err(wrong(key, "an amount in USD, such as \"0.05\"")),
+        };
+        usd::parse(&text).map(Some).map_err(|error| ApiError::invalid(Some(key), error.to_string()))
+    }
+
+    /// The labels that cost is allocated by: `user`, and `metadata` as JSON.
+    pub fn labels(&self) -> Result<(String, String)> {
+        let user = self.text("user")?.unwrap_or_default();
+        if user.len() > USER_BYTES_MAX {
+            return Err(wrong("user", &format!("at most {USER_BYTES_MAX} bytes")));
+        }
+        if user.contains('\0') {
+            // PostgreSQL has no text with it.
+            return Err(wrong("user", "text without NUL"));
+        }
+        let metadata = self.get("metadata").map_or_else(|| "{}".to_owned(), Value::to_string);
+        Ok((user.to_owned(), metadata))
     }
 
     pub fn number(&self, key: &str, range: std::ops::RangeInclusive<f64>) -> Result<Option<f32>> {
@@ -215,19 +250,40 @@ impl Body {
             min_tokens,
             ignore_eos: self.flag("ignore_eos")?,
             strings,
+            enough_tokens: self.natural_stop()?,
         })
     }
 
-    pub fn include_usage(&self, stream: bool) -> Result<bool> {
-        let Some(options) = self.get("stream_options") else { return Ok(false) };
+    /// `natural_stop`: true, false, or an object with `enough_tokens`.
+    fn natural_stop(&self) -> Result<Option<u32>> {
+        let expected =
+            || wrong("natural_stop", "true, false or an object with `enough_tokens`, at least 1");
+        match self.get("natural_stop") {
+            None => Ok(None),
+            Some(Value::Bool(on)) => Ok(Some(if *on { ENOUGH_TOKENS } else { 0 })),
+            Some(value) => {
+                let enough = value.get("enough_tokens").and_then(Value::as_u64);
+                let enough = enough.filter(|enough| *enough > 0).ok_or_else(expected)?;
+                Ok(Some(u32::try_from(enough).unwrap_or(u32::MAX)))
+            }
+        }
+    }
+
+    /// Whether a stream ends with its usage, and whether every chunk says what was used so far.
+    pub fn usage_options(&self, stream: bool) -> Result<(bool, bool)> {
+        let Some(options) = self.get("stream_options") else { return Ok((false, false)) };
         if !stream {
             return Err(wrong("stream_options", "left out unless `stream` is true"));
         }
-        let expected = || wrong("stream_options", "an object with `include_usage`, true or false");
-        match options.as_object().ok_or_else(expected)?.get("include_usage") {
+        let object = options.as_object();
+        let object = object.ok_or_else(|| wrong("stream_options", "an object"))?;
+        let flag = |key: &str| match object.get(key) {
             None | Some(Value::Null) => Ok(false),
-            Some(value) => value.as_bool().ok_or_else(expected),
-        }
+            Some(value) => value.as_bool().ok_or_else(|| {
+                wrong("stream_options", &format!("an object whose `{key}` is true or false"))
+            }),
+        };
+        Ok((flag("include_usage")?, flag("continuous_usage_stats")?))
     }
 
     /// How many alternatives to report beside each token, if any.

@@ -16,7 +16,7 @@ use crate::{
     registry::ModelSource,
     scheduler::Limits,
     text::{ChatTemplate, GgufVocab, Tokenizer},
-    types::ModelId,
+    types::{ModelId, TokenId},
 };
 
 /// What an engine is built with; all of it comes from the configuration.
@@ -32,6 +32,7 @@ pub struct EngineSpec {
     pub pipeline_depth: usize,
     pub stream_buffer_events_max: usize,
     pub client_stall_max: Duration,
+    pub calibration: Duration,
 }
 
 /// A loaded model and its engine.
@@ -75,7 +76,10 @@ pub fn assemble(
             (files, tokenizer, template)
         }
     };
-    let (config, weights) = model::load(&files)?;
+    let (mut config, weights) = model::load(&files)?;
+    if let ModelSource::Dir { generation_config: Some(path), .. } = source {
+        config.eos_token_ids.extend(generation_end_tokens(path)?);
+    }
     if tokenizer.vocab_size() > config.vocab_size {
         bail!(
             "the tokenizer has {} tokens, the model {}",
@@ -112,7 +116,9 @@ pub fn assemble(
         pipeline_depth: spec.pipeline_depth,
         stream_buffer_events_max: spec.stream_buffer_events_max,
         client_stall_max: spec.client_stall_max,
+        calibration: spec.calibration,
         eos_token_ids: config.eos_token_ids.clone(),
+        sliding_window: config.window(),
     };
     let runtime = RuntimeLimits {
         step_tokens_max: spec.step_tokens_max,
@@ -154,9 +160,11 @@ fn gguf_text(path: &Path) -> Result<(WeightFiles, Tokenizer, Option<ChatTemplate
         pre: text("tokenizer.ggml.pre"),
         tokens: strings("tokenizer.ggml.tokens"),
         merges: strings("tokenizer.ggml.merges"),
+        scores: header.get_f32_array("tokenizer.ggml.scores").unwrap_or_default(),
         token_types: header.get_i32_array("tokenizer.ggml.token_type").unwrap_or_default(),
         bos,
-        add_bos: header.get_bool("tokenizer.ggml.add_bos_token").unwrap_or(false),
+        add_bos: header.get_bool("tokenizer.ggml.add_bos_token"),
+        add_space_prefix: header.get_bool("tokenizer.ggml.add_space_prefix"),
     };
     let tokenizer = Tokenizer::from_gguf(&vocab)?;
     let literal = |id: Option<u32>| id.map(|id| tokenizer.token_text(id));
@@ -166,6 +174,20 @@ fn gguf_text(path: &Path) -> Result<(WeightFiles, Tokenizer, Option<ChatTemplate
         .map(|source| ChatTemplate::new(source, bos.as_deref(), eos.as_deref()))
         .transpose()?;
     Ok((WeightFiles::Gguf(path.to_owned()), tokenizer, template))
+}
+
+/// End tokens of a `generation_config.json`: chat models name some that `config.json` does not.
+fn generation_end_tokens(path: &Path) -> Result<Vec<TokenId>> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let json: serde_json::Value =
+        serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
+    let ids = match json.get("eos_token_id") {
+        Some(serde_json::Value::Array(list)) => list.clone(),
+        Some(one) => vec![one.clone()],
+        None => Vec::new(),
+    };
+    Ok(ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect())
 }
 
 fn dir_text(

@@ -8,25 +8,30 @@ use super::{
     assemble::{Assembled, EngineSpec, assemble, isa_max, kv_dtype},
     logging, machine,
     net::{self, DrainHooks, Stopped},
-    pull,
+    open_ledger, pull,
+    reload::{hangups, reload},
 };
 use crate::{
-    admission::ApiKey,
+    admission::{Anonymous, Door},
     api::{AppState, ServedModel, router},
     clock::Clock,
-    config::Config,
+    config::{Config, Settings},
     engine::EngineHandle,
     ops::simd,
+    price::Prices,
     registry::{BarProgress, DEFAULT_MODEL, Registry},
     telemetry::Metrics,
     types::ModelId,
 };
 
+/// How long steps are timed at start.
+const CALIBRATION: Duration = Duration::from_secs(1);
 /// How often the server looks whether its engine still runs.
 const ENGINE_CHECK: Duration = Duration::from_millis(200);
 
 /// Serves until SIGTERM or SIGINT, or until the engine fails.
-pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
+pub fn serve(settings: Settings) -> anyhow::Result<ExitCode> {
+    let config = Config::load(settings.clone())?;
     logging::init(config.log_format)?;
     if let Some(file) = &config.file {
         tracing::info!(file = %file.display(), "configuration read");
@@ -44,7 +49,9 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
         // First, so that a taken port is known before a model is fetched and loaded.
         net::bind(SocketAddr::new(config.host, config.port))?
     };
-    let (id, model) = load(&config)?;
+    let (id, model, prices) = load(&config)?;
+    let ledger = open_ledger::open(&config, &id, prices)?;
+    let books = ledger.thread.ledger.clone();
     let engine = model.engine.handle.clone();
     let thread = model.engine.thread;
     let clock = Clock::system();
@@ -58,8 +65,11 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
             engine: engine.clone(),
             context_tokens_max: model.context_tokens_max,
         },
+        door: Door::new(books.clone(), clock.clone(), anonymous(&config)),
+        ledger: books.clone(),
+        books: model.engine.books,
+        reader: ledger.reader.clone(),
         clock,
-        api_key: config.api_key.as_ref().map(|key| ApiKey::new(key.reveal())),
         choices_max: config.choices_max.min(config.running_seqs_max) as u32,
         logprobs_top_max: config.logprobs_top_max as u32,
         completion_tokens_max: config
@@ -67,16 +77,32 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
             .map_or(u32::MAX, |max| u32::try_from(max).unwrap_or(u32::MAX)),
         metrics: Arc::new(Metrics::new(model_name.as_str())?),
     };
+    // Without a file there is nothing to read again, and a closed terminal ends the server.
+    if config.file.is_some() {
+        let _entered = runtime.enter();
+        tokio::spawn(reload(hangups()?, settings, books.clone()));
+    }
     let stopped = runtime.block_on(listen(&config, listener, state))?;
     if stopped == Stopped::AtOnce {
         std::process::exit(1);
     }
     engine.stop();
     let died = thread.join().is_err();
+    // After the engine, whose last requests are settled by it.
+    books.stop();
+    let died = ledger.thread.thread.join().is_err() || died;
     Ok(if died { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled)> {
+fn anonymous(config: &Config) -> Anonymous {
+    match (config.allow_anonymous, config.host.is_loopback(), &config.api_key) {
+        (true, _, None) => Anonymous::Always,
+        (_, true, None) => Anonymous::UntilFirstKey,
+        _ => Anonymous::Never,
+    }
+}
+
+fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled, Option<Prices>)> {
     let registry = Registry::new(pull::registry_options(&config.sources))?;
     let wanted = config.model.as_deref().unwrap_or(DEFAULT_MODEL);
     let resolved = registry.resolve(wanted, &BarProgress::default())?;
@@ -93,10 +119,11 @@ fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled)> {
         pipeline_depth: config.pipeline_depth,
         stream_buffer_events_max: config.stream_buffer_events_max,
         client_stall_max: config.client_stall_max,
+        calibration: CALIBRATION,
     };
     let model = assemble(&id, &resolved.source, &spec, Clock::system())
         .with_context(|| format!("loading {wanted}"))?;
-    Ok((id, model))
+    Ok((id, model, resolved.prices))
 }
 
 async fn listen(

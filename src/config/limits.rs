@@ -24,6 +24,8 @@ pub const KV_CACHE_MEMORY_SHARE: f64 = 0.5;
 /// The least a KV cache may be given; below it not even a short request fits.
 pub const KV_CACHE_MEMORY_BYTES_MIN: u64 = 1 << 20;
 
+pub const LEASE_OUTSTANDING_TOKENS_MAX: u64 = 256;
+
 pub const CHOICES_MAX: u64 = 16;
 pub const LOGPROBS_TOP_MAX: u64 = 20;
 /// OpenAI's own bound on `n`; also bounds what one request may occupy.

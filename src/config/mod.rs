@@ -2,6 +2,7 @@
 
 mod file;
 mod limits;
+mod price;
 mod settings;
 mod validate;
 mod value;
@@ -9,6 +10,7 @@ mod value;
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 pub use limits::*;
+pub use price::FilePrice;
 pub use settings::Settings;
 pub use value::{ByteSize, ConfigError, Device, IsaMax, KvCacheDtype, LogFormat, Secret};
 
@@ -27,6 +29,23 @@ pub struct Sources {
     pub pip: String,
 }
 
+/// Where the ledger is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LedgerPlace {
+    /// A SQLite file in a directory.
+    Directory(PathBuf),
+    /// A PostgreSQL database, by its URL, which may hold a password.
+    Postgres(Secret),
+}
+
+impl LedgerPlace {
+    /// As [`Config::load`] for a command that serves nothing: other settings are not judged.
+    pub fn load(settings: Settings) -> Result<Self, ConfigError> {
+        let (merged, _) = file::merge(settings)?;
+        validate::ledger(&merged)
+    }
+}
+
 /// Everything `candela serve` can be told, checked. A part receives the values it needs, never this.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -36,6 +55,11 @@ pub struct Config {
     pub model: Option<String>,
     pub served_model_name: Option<String>,
     pub sources: Sources,
+
+    pub ledger: LedgerPlace,
+    pub lease_outstanding_tokens_max: usize,
+    /// Set into the price book at the start and at SIGHUP.
+    pub prices: Vec<FilePrice>,
 
     pub host: IpAddr,
     pub port: u16,

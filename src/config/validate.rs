@@ -3,11 +3,12 @@
 use std::{net::IpAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use super::{
-    ByteSize, Config, ConfigError, Device, KvCacheDtype, LogFormat, Settings, Sources, limits::*,
+    ByteSize, Config, ConfigError, Device, KvCacheDtype, LedgerPlace, LogFormat, Settings, Sources,
+    limits::*,
 };
 
 pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, ConfigError> {
-    let sources = sources(&settings)?;
+    let (sources, ledger) = (sources(&settings)?, ledger(&settings)?);
     let host = host(settings.host.as_deref().unwrap_or(HOST))?;
     let allow_anonymous = settings.allow_anonymous.unwrap_or(false);
     if let Some(key) = &settings.api_key {
@@ -30,6 +31,14 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
         model: not_empty("model", settings.model)?,
         served_model_name: not_empty("served_model_name", settings.served_model_name)?,
         sources,
+        ledger,
+        lease_outstanding_tokens_max: count(
+            "lease_outstanding_tokens_max",
+            settings.lease_outstanding_tokens_max,
+            LEASE_OUTSTANDING_TOKENS_MAX,
+            1..=COUNT_LIMIT,
+        )?,
+        prices: settings.price.unwrap_or_default(),
         host,
         port: settings.port.unwrap_or(PORT),
         api_key: settings.api_key,
@@ -120,13 +129,34 @@ pub fn sources(settings: &Settings) -> Result<Sources, ConfigError> {
     })
 }
 
-/// `$XDG_CACHE_HOME/candela/models`, else `~/.cache/candela/models` (XDG Base Directory: a relative
-/// value is to be ignored).
+/// `$XDG_CACHE_HOME/candela/models`, else `~/.cache/candela/models`.
 fn default_model_dir() -> Option<PathBuf> {
+    Some(user_dir("XDG_CACHE_HOME", ".cache")?.join("candela/models"))
+}
+
+/// A base directory of the user (XDG Base Directory: a relative value is to be ignored).
+fn user_dir(variable: &str, below_home: &str) -> Option<PathBuf> {
     let absolute =
-        |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
-    Some(cache.join("candela/models"))
+        |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute(variable).or_else(|| Some(absolute("HOME")?.join(below_home)))
+}
+
+pub fn ledger(settings: &Settings) -> Result<LedgerPlace, ConfigError> {
+    if let Some(url) = &settings.ledger {
+        let schemes = ["postgres://", "postgresql://"];
+        if !schemes.iter().any(|scheme| url.reveal().starts_with(scheme)) {
+            let message = "must be a URL such as postgres://user:password@host/database; for a \
+                 SQLite file leave it out and set data_dir";
+            return Err(ConfigError::Value { setting: "ledger", message: message.to_string() });
+        }
+        return Ok(LedgerPlace::Postgres(url.clone()));
+    }
+    let default = || Some(user_dir("XDG_DATA_HOME", ".local/share")?.join("candela"));
+    let dir = settings.data_dir.clone().or_else(default).ok_or_else(|| ConfigError::Value {
+        setting: "data_dir",
+        message: "neither HOME nor XDG_DATA_HOME is set: name a directory".to_string(),
+    })?;
+    Ok(LedgerPlace::Directory(dir))
 }
 
 fn host(text: &str) -> Result<IpAddr, ConfigError> {

@@ -8,6 +8,8 @@ use std::sync::{
 
 use tokio::sync::mpsc;
 
+use crate::ledger::Lease;
+
 use super::{
     Event, Submission,
     request::{GenerateRequest, StreamEvent, SubmitError},
@@ -39,8 +41,13 @@ pub(super) struct Shared {
 }
 
 impl EngineHandle {
-    /// Queues a request. Dropping the returned stream aborts it within one step.
-    pub fn submit(&self, request: GenerateRequest) -> Result<RequestStream, SubmitError> {
+    /// Queues a request, which charges to `lease`. Dropping the returned stream aborts it within one
+    /// step; a refusal drops the lease, which gives back what it holds.
+    pub fn submit(
+        &self,
+        request: GenerateRequest,
+        lease: Lease,
+    ) -> Result<RequestStream, SubmitError> {
         let shared = &*self.shared;
         if !shared.alive.load(Ordering::Acquire) {
             return Err(SubmitError::Stopped);
@@ -65,7 +72,7 @@ impl EngineHandle {
             return refuse(SubmitError::QueueFull { waiting, retry_after_s: RETRY_AFTER_S });
         }
         let (events, receiver) = mpsc::channel(shared.stream_events.max(8 * choices + 8));
-        match self.inbox.try_send(Event::Submit(Box::new(Submission { request, events }))) {
+        match self.inbox.try_send(Event::Submit(Box::new(Submission { request, lease, events }))) {
             Ok(()) => Ok(RequestStream { events: receiver }),
             Err(TrySendError::Full(_)) => {
                 refuse(SubmitError::QueueFull { waiting, retry_after_s: RETRY_AFTER_S })

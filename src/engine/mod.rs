@@ -4,20 +4,29 @@
 //! the device runs, and the results are committed. With pipeline depth 2 the next step is launched
 //! before the last one is committed.
 
+mod calibrate;
 pub mod device;
+mod ending;
 pub mod handle;
 pub mod inputs;
+mod live;
+pub mod metering;
 pub mod output;
 pub mod request;
 mod run;
 pub mod snapshot;
+mod step;
 
 pub use handle::{EngineHandle, RequestStream};
+pub use live::ENOUGH_TOKENS;
 pub use request::{
-    GenerateRequest, OutputToken, RequestError, RequestUsage, StopParams, StreamEvent, SubmitError,
+    GenerateRequest, OutputToken, RequestError, RequestUsage, SoFar, StopParams, StreamEvent,
+    SubmitError,
 };
 pub use run::{EngineOptions, EngineThread, start};
 pub use snapshot::EngineSnapshot;
+
+use crate::ledger::Lease;
 
 /// Everything that can reach an engine thread.
 pub(crate) enum Event {
@@ -31,5 +40,6 @@ pub(crate) enum Event {
 /// A request on its way in, and where its events go.
 pub(crate) struct Submission {
     pub request: GenerateRequest,
+    pub lease: Lease,
     pub events: tokio::sync::mpsc::Sender<StreamEvent>,
 }

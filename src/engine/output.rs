@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use crate::{
     sampling::TokenLogprobs,
-    text::{Detokenizer, StopMatcher, Tokenizer},
+    text::{Detokenizer, SentenceEnd, StopMatcher, Tokenizer},
     types::{FinishReason, TokenId},
 };
 
@@ -17,6 +17,7 @@ pub struct ChoiceOutput {
     stops: StopMatcher,
     stop: StopParams,
     tokens: u32,
+    sentence: SentenceEnd,
     /// Bytes of text made and bytes sent; the difference is withheld.
     made_bytes: usize,
     sent_bytes: usize,
@@ -33,12 +34,14 @@ pub struct Piece {
 }
 
 impl ChoiceOutput {
-    pub fn new(tokenizer: &Tokenizer, stop: StopParams) -> Self {
+    /// The output that follows `prompt`.
+    pub fn new(tokenizer: &Tokenizer, prompt: &[TokenId], stop: StopParams) -> Self {
         Self {
-            detokenizer: Detokenizer::new(tokenizer),
+            detokenizer: Detokenizer::after(tokenizer, prompt),
             stops: StopMatcher::new(&stop.strings),
             stop,
             tokens: 0,
+            sentence: SentenceEnd::default(),
             made_bytes: 0,
             sent_bytes: 0,
             held: VecDeque::new(),
@@ -48,6 +51,11 @@ impl ChoiceOutput {
     /// Output tokens so far, the ending one included.
     pub fn tokens(&self) -> u32 {
         self.tokens
+    }
+
+    /// Whether the text so far ends a sentence.
+    pub fn at_sentence_end(&self) -> bool {
+        self.sentence.is_here()
     }
 
     /// Takes a drawn token. `ends` says whether it is an end token of the model, `silent` whether it
@@ -67,6 +75,7 @@ impl ChoiceOutput {
         self.held.push_back((self.made_bytes, OutputToken { id: token, logprobs }));
         let fresh = if silent { String::new() } else { self.detokenizer.push(token) };
         self.made_bytes += fresh.len();
+        self.sentence.push(&fresh);
         let mut piece = Piece::default();
         if may_stop {
             let step = self.stops.push(&fresh);
@@ -92,8 +101,8 @@ impl ChoiceOutput {
         piece
     }
 
-    /// Sends what was withheld and ends the choice.
-    fn finish(&mut self, reason: FinishReason) -> Piece {
+    /// Sends what was withheld and ends the choice; a stop string that shows only now says so.
+    pub fn finish(&mut self, reason: FinishReason) -> Piece {
         let tail = self.detokenizer.finish();
         let mut step = self.stops.push(&tail);
         if !step.matched {

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use crate::{
+    ledger::{Bill, EndCause},
     sampling::{SamplingParams, TokenLogprobs},
-    types::{FinishReason, RequestId, TokenId},
+    types::{FinishReason, NanoUsd, RequestId, TokenId},
 };
 
 /// One validated request: a prompt and `choices` continuations of it.
@@ -32,6 +33,9 @@ pub struct StopParams {
     pub ignore_eos: bool,
     /// Strings that end the output; not part of it.
     pub strings: Vec<String>,
+    /// End at the first end of a sentence from this many output tokens on; `None` leaves it to the
+    /// tenant's policy, 0 is off.
+    pub enough_tokens: Option<u32>,
 }
 
 /// What an engine sends for a request, in order. Events of different choices interleave; every
@@ -41,18 +45,26 @@ pub enum StreamEvent {
     /// Once, before the first delta: entry 0 is `None` (nothing precedes the first token).
     PromptLogprobs(Vec<Option<TokenLogprobs>>),
     /// New text of one choice; never half a character. May be empty when only tokens arrived.
-    Delta {
-        choice: u32,
-        text: String,
-        tokens: Vec<OutputToken>,
-    },
+    Delta { choice: u32, text: String, tokens: Vec<OutputToken>, so_far: SoFar },
     Finish {
         choice: u32,
         reason: FinishReason,
+        /// Present where money or a rule of its tenant ended it.
+        cause: Option<EndCause>,
     },
-    Done(RequestUsage),
+    /// What was used and, once it is durable, what was charged; `None` where the ledger had given the
+    /// request up.
+    Done(RequestUsage, Option<Bill>),
     /// The request ended early; text already sent stays valid.
     Error(RequestError),
+}
+
+/// What a request has used and owes when a piece of its output leaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SoFar {
+    /// Over all choices.
+    pub completion_tokens: u32,
+    pub cost: NanoUsd,
 }
 
 /// One output token as its text is delivered.

@@ -1,5 +1,7 @@
 //! What the engine tells everyone else, replaced as a whole after every step.
 
+use crate::types::FinishReason;
+
 /// Gauges now and counters since start. Reading one never waits for the engine.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EngineSnapshot {
@@ -27,4 +29,17 @@ pub struct EngineSnapshot {
     pub finished_error: u64,
     /// Time the device spent in steps.
     pub device_busy_ns: u64,
+}
+
+impl EngineSnapshot {
+    /// The counter of choices that ended for `reason`.
+    pub(super) fn finished(&mut self, reason: FinishReason) -> &mut u64 {
+        match reason {
+            FinishReason::Eos => &mut self.finished_eos,
+            FinishReason::StopString => &mut self.finished_stop,
+            FinishReason::Length => &mut self.finished_length,
+            FinishReason::Abort => &mut self.finished_abort,
+            FinishReason::Error => &mut self.finished_error,
+        }
+    }
 }

@@ -1,8 +1,10 @@
 //! What the forward needs to know of a model, from a `config.json` or GGUF metadata alike.
 
-use serde_json::Value;
-
 use super::ModelError;
+
+/// Beyond any model; products of sizes stay far inside of 64 bits.
+const SIZE_MAX: usize = 1 << 24;
+const LAYERS_MAX: usize = 1 << 12;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
@@ -30,6 +32,15 @@ pub enum RopeScaling {
     Factors(Vec<f32>),
 }
 
+/// Which projections have a bias.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Biases {
+    pub qkv: bool,
+    pub o: bool,
+    /// Gate, up and down.
+    pub mlp: bool,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     pub family: Family,
@@ -44,61 +55,24 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     pub rope_scaling: RopeScaling,
     pub max_position: usize,
-    pub sliding_window: Option<usize>,
+    /// How many positions back each layer sees, itself included; `None` is all.
+    pub layer_windows: Vec<Option<usize>>,
     pub tie_word_embeddings: bool,
-    pub attention_bias: bool,
+    pub biases: Biases,
     pub qk_norm: bool,
     pub eos_token_ids: Vec<u32>,
     pub bos_token_id: Option<u32>,
 }
 
 impl ModelConfig {
-    /// Reads a Hugging Face `config.json`.
-    pub fn from_hf_json(text: &str) -> Result<Self, ModelError> {
-        let json: Value = serde_json::from_str(text)
-            .map_err(|error| ModelError::Format(format!("config.json: {error}")))?;
-        let family = family(&json)?;
-        let hidden_size = size(&json, "hidden_size")?;
-        let heads = size(&json, "num_attention_heads")?;
-        let window = json.get("sliding_window").and_then(Value::as_u64).map(|w| w as usize);
-        let uses_window = match family {
-            Family::Mistral => true,
-            Family::Llama => false,
-            _ => flag(&json, "use_sliding_window", false),
-        };
-        let config = Self {
-            family,
-            vocab_size: size(&json, "vocab_size")?,
-            hidden_size,
-            intermediate_size: size(&json, "intermediate_size")?,
-            layers: size(&json, "num_hidden_layers")?,
-            heads,
-            kv_heads: optional_size(&json, "num_key_value_heads").unwrap_or(heads),
-            head_dim: optional_size(&json, "head_dim").unwrap_or(hidden_size / heads.max(1)),
-            rms_norm_eps: json.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-6) as f32,
-            rope_theta: rope_theta(&json),
-            rope_scaling: rope_scaling(&json)?,
-            max_position: optional_size(&json, "max_position_embeddings").unwrap_or(2048),
-            sliding_window: window.filter(|_| uses_window),
-            tie_word_embeddings: flag(&json, "tie_word_embeddings", false),
-            attention_bias: family == Family::Qwen2 || flag(&json, "attention_bias", false),
-            qk_norm: family == Family::Qwen3,
-            eos_token_ids: ids(json.get("eos_token_id")),
-            bos_token_id: ids(json.get("bos_token_id")).first().copied(),
-        };
-        if flag(&json, "mlp_bias", false) {
-            return Err(ModelError::Unsupported("mlp_bias".into()));
-        }
-        config.validate()?;
-        Ok(config)
-    }
-
     /// Sizes that belong together, and within what the kernels take.
     pub fn validate(&self) -> Result<(), ModelError> {
         let wrong = |what: String| Err(ModelError::Format(format!("model configuration: {what}")));
         let sizes = [self.vocab_size, self.hidden_size, self.intermediate_size, self.layers];
-        if sizes.contains(&0) || self.heads == 0 || self.kv_heads == 0 || self.max_position == 0 {
-            return wrong("a size is zero".into());
+        for size in sizes.into_iter().chain([self.heads, self.kv_heads, self.max_position]) {
+            if size == 0 || size > SIZE_MAX {
+                return wrong(format!("a size is {size}, not within 1 and {SIZE_MAX}"));
+            }
         }
         if !self.heads.is_multiple_of(self.kv_heads) || self.heads / self.kv_heads > 16 {
             return wrong(format!("{} heads over {} KV heads", self.heads, self.kv_heads));
@@ -106,12 +80,26 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(2) || self.head_dim == 0 || self.head_dim > 256 {
             return wrong(format!("head_dim {} is not even or above 256", self.head_dim));
         }
+        if self.layer_windows.len() != self.layers || self.layer_windows.contains(&Some(0)) {
+            return wrong(format!("windows {:?} of {} layers", self.layer_windows, self.layers));
+        }
+        if let RopeScaling::Llama3 { low_freq_factor, high_freq_factor, .. } = &self.rope_scaling
+            && low_freq_factor >= high_freq_factor
+        {
+            return wrong(format!("low_freq_factor {low_freq_factor}, high {high_freq_factor}"));
+        }
         if let RopeScaling::Factors(factors) = &self.rope_scaling
             && factors.len() != self.head_dim / 2
         {
             return wrong(format!("{} rope factors for head_dim {}", factors.len(), self.head_dim));
         }
         Ok(())
+    }
+
+    /// How far back attention sees at most; `None` where any layer sees everything.
+    pub fn window(&self) -> Option<usize> {
+        let windows: Option<Vec<usize>> = self.layer_windows.iter().copied().collect();
+        windows?.into_iter().max()
     }
 
     /// Columns of the fused q, k, v.
@@ -151,67 +139,8 @@ impl ModelConfig {
     }
 }
 
-fn family(json: &Value) -> Result<Family, ModelError> {
-    let name = json.pointer("/architectures/0").and_then(Value::as_str).unwrap_or("(none)");
-    match name {
-        "LlamaForCausalLM" => Ok(Family::Llama),
-        "MistralForCausalLM" => Ok(Family::Mistral),
-        "Qwen2ForCausalLM" => Ok(Family::Qwen2),
-        "Qwen3ForCausalLM" => Ok(Family::Qwen3),
-        other => Err(ModelError::Unsupported(format!("architecture {other}"))),
-    }
-}
-
-fn rope_theta(json: &Value) -> f64 {
-    json.get("rope_theta")
-        .or_else(|| json.pointer("/rope_parameters/rope_theta"))
-        .and_then(Value::as_f64)
-        .unwrap_or(10_000.0)
-}
-
-fn rope_scaling(json: &Value) -> Result<RopeScaling, ModelError> {
-    let scaling = [json.get("rope_scaling"), json.get("rope_parameters")]
-        .into_iter()
-        .flatten()
-        .find(|value| !value.is_null());
-    let Some(scaling) = scaling else { return Ok(RopeScaling::None) };
-    let kind = scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str);
-    let number = |key: &str| {
-        let value = scaling.get(key).and_then(Value::as_f64).filter(|value| *value > 0.0);
-        value.ok_or_else(|| ModelError::Format(format!("config.json: rope scaling lacks {key}")))
-    };
-    match kind.unwrap_or("default") {
-        "default" => Ok(RopeScaling::None),
-        "linear" => Ok(RopeScaling::Linear { factor: number("factor")? }),
-        "llama3" => Ok(RopeScaling::Llama3 {
-            factor: number("factor")?,
-            low_freq_factor: number("low_freq_factor")?,
-            high_freq_factor: number("high_freq_factor")?,
-            original_max_position: number("original_max_position_embeddings")?,
-        }),
-        other => Err(ModelError::Unsupported(format!("rope scaling {other}"))),
-    }
-}
-
-fn optional_size(json: &Value, key: &str) -> Option<usize> {
-    json.get(key).and_then(Value::as_u64).map(|value| value as usize)
-}
-
-fn size(json: &Value, key: &str) -> Result<usize, ModelError> {
-    optional_size(json, key)
-        .ok_or_else(|| ModelError::Format(format!("config.json lacks {key}, or it is no number")))
-}
-
-fn flag(json: &Value, key: &str, default: bool) -> bool {
-    json.get(key).and_then(Value::as_bool).unwrap_or(default)
-}
-
-fn ids(value: Option<&Value>) -> Vec<u32> {
-    match value {
-        Some(Value::Array(list)) => {
-            list.iter().filter_map(Value::as_u64).map(|id| id as u32).collect()
-        }
-        Some(value) => value.as_u64().map(|id| id as u32).into_iter().collect(),
-        None => Vec::new(),
-    }
+/// A count of layers that something may be allocated for.
+pub(super) fn checked_layers(layers: usize) -> Result<usize, ModelError> {
+    let wrong = || ModelError::Format(format!("model configuration: {layers} layers"));
+    (layers <= LAYERS_MAX).then_some(layers).ok_or_else(wrong)
 }

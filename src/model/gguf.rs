@@ -5,8 +5,11 @@ use std::{collections::BTreeMap, ops::Range};
 
 use thiserror::Error;
 
+pub use super::gguf_value::{Array, Value};
+
+use super::gguf_value::Reader;
+
 const MAX_DIMS: u32 = 4;
-const MAX_ARRAY_DEPTH: u32 = 4;
 const MAX_ALIGNMENT: u64 = 1 << 20;
 /// Least bytes of one metadata entry: key length, type, one byte of value.
 const MIN_ENTRY_BYTES: u64 = 13;
@@ -14,21 +17,15 @@ const MIN_ENTRY_BYTES: u64 = 13;
 const MIN_TENSOR_BYTES: u64 = 24;
 
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("not a valid GGUF file: {0}; download the file again")]
-pub struct GgufError(String);
-
-fn bad<T>(what: impl Into<String>) -> Result<T, GgufError> {
-    Err(GgufError(what.into()))
+pub enum GgufError {
+    #[error("not a valid GGUF file: {0}; download the file again")]
+    Damaged(String),
+    #[error("{0} is not supported")]
+    Unsupported(String),
 }
 
-#[derive(Debug, Clone, PartialEq)]
-pub enum Value {
-    Unsigned(u64),
-    Signed(i64),
-    Float(f64),
-    Bool(bool),
-    Str(String),
-    Array(Vec<Value>),
+pub(super) fn bad<T>(what: impl Into<String>) -> Result<T, GgufError> {
+    Err(GgufError::Damaged(what.into()))
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,9 +58,32 @@ macro_rules! kinds {
 
 kinds! {
     F32 = 0, 1, 4; F16 = 1, 1, 2; Q4_0 = 2, 32, 18; Q4_1 = 3, 32, 20; Q5_0 = 6, 32, 22;
-    Q5_1 = 7, 32, 24; Q8_0 = 8, 32, 34; Q2_K = 10, 256, 84; Q3_K = 11, 256, 110;
-    Q4_K = 12, 256, 144; Q5_K = 13, 256, 176; Q6_K = 14, 256, 210; BF16 = 30, 1, 2;
+    Q5_1 = 7, 32, 24; Q8_0 = 8, 32, 34; Q8_1 = 9, 32, 36; Q2_K = 10, 256, 84; Q3_K = 11, 256, 110;
+    Q4_K = 12, 256, 144; Q5_K = 13, 256, 176; Q6_K = 14, 256, 210; Q8_K = 15, 256, 292;
+    BF16 = 30, 1, 2;
 }
+
+/// Types that are not read, with ggml's names for them: what a user has to look for in a file name.
+const UNREAD_KINDS: [(u32, &str); 18] = [
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (20, "IQ4_NL"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (23, "IQ4_XS"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
+    (29, "IQ1_M"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (39, "MXFP4"),
+    (40, "NVFP4"),
+];
 
 #[derive(Debug)]
 pub struct Gguf {
@@ -87,9 +107,8 @@ impl Gguf {
         let mut metadata = BTreeMap::new();
         for _ in 0..entry_count {
             let key = r.string()?;
-            let kind = r.u32()?;
-            let value = r.value(kind, 0)?;
-            if metadata.insert(key.clone(), value).is_some() {
+            let value = r.value()?;
+            if metadata.insert(key.to_owned(), value).is_some() {
                 return bad(format!("metadata {key:?} appears twice"));
             }
         }
@@ -110,18 +129,11 @@ impl Gguf {
     }
 
     pub fn get_u32(&self, key: &str) -> Option<u32> {
-        match *self.metadata(key)? {
-            Value::Unsigned(v) => v.try_into().ok(),
-            Value::Signed(v) => v.try_into().ok(),
-            _ => None,
-        }
+        self.metadata(key)?.as_u32()
     }
 
     pub fn get_f32(&self, key: &str) -> Option<f32> {
-        match *self.metadata(key)? {
-            Value::Float(v) => Some(v as f32),
-            _ => None,
-        }
+        self.metadata(key)?.as_f32()
     }
 
     pub fn get_bool(&self, key: &str) -> Option<bool> {
@@ -132,31 +144,20 @@ impl Gguf {
     }
 
     pub fn get_str_array(&self, key: &str) -> Option<Vec<&str>> {
-        self.array(key)?
-            .iter()
-            .map(|v| if let Value::Str(s) = v { Some(s.as_str()) } else { None })
-            .collect()
+        Some(self.array(key)?.strings()?.collect())
     }
 
     pub fn get_i32_array(&self, key: &str) -> Option<Vec<i32>> {
-        let one = |v: &Value| match *v {
-            Value::Signed(v) => v.try_into().ok(),
-            Value::Unsigned(v) => v.try_into().ok(),
-            _ => None,
-        };
-        self.array(key)?.iter().map(one).collect()
+        self.array(key)?.numbers()?.map(|value| value.as_i32()).collect()
     }
 
     pub fn get_f32_array(&self, key: &str) -> Option<Vec<f32>> {
-        self.array(key)?
-            .iter()
-            .map(|v| if let Value::Float(f) = *v { Some(f as f32) } else { None })
-            .collect()
+        self.array(key)?.numbers()?.map(|value| value.as_f32()).collect()
     }
 
-    fn array(&self, key: &str) -> Option<&[Value]> {
+    fn array(&self, key: &str) -> Option<&Array> {
         match self.metadata(key)? {
-            Value::Array(values) => Some(values),
+            Value::Array(array) => Some(array),
             _ => None,
         }
     }
@@ -169,7 +170,7 @@ impl Gguf {
         };
         let mut entries = Vec::new();
         for _ in 0..count {
-            let name = r.string()?;
+            let name = r.string()?.to_owned();
             let dim_count = r.u32()?;
             if !(1..=MAX_DIMS).contains(&dim_count) {
                 return bad(format!("tensor {name:?} has {dim_count} dimensions"));
@@ -177,8 +178,15 @@ impl Gguf {
             let dims = (0..dim_count).map(|_| r.u64()).collect::<Result<Vec<_>, _>>()?;
             let id = r.u32()?;
             let Some(kind) = TensorKind::from_id(id) else {
-                return bad(format!("tensor {name:?} has the unsupported type {id}"));
+                return Err(unread(&name, id));
             };
+            if !dims[0].is_multiple_of(kind.block().0) {
+                return bad(format!(
+                    "tensor {name:?} has rows of {}, which {kind:?} cannot hold: its blocks have {}",
+                    dims[0],
+                    kind.block().0
+                ));
+            }
             let offset = r.u64()?;
             if !offset.is_multiple_of(align) {
                 return bad(format!(
@@ -209,95 +217,21 @@ impl Gguf {
     }
 }
 
-/// The tensor's place in the file; none where it is empty, has a part of a block, or overflows.
+fn unread(tensor: &str, id: u32) -> GgufError {
+    match UNREAD_KINDS.iter().find(|(unread, _)| *unread == id) {
+        Some((_, kind)) => GgufError::Unsupported(format!("tensor {tensor:?} of type {kind}")),
+        None => GgufError::Unsupported(format!("tensor {tensor:?} of the unknown type {id}")),
+    }
+}
+
+/// The tensor's place in the file, whose rows are whole blocks; none where it is empty or overflows.
 fn span(dims: &[u64], kind: TensorKind, start: u64, offset: u64) -> Option<Range<usize>> {
     let (block, block_bytes) = kind.block();
     let values = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d))?;
-    if values == 0 || !dims[0].is_multiple_of(block) {
+    if values == 0 {
         return None;
     }
     let from = start.checked_add(offset)?;
     let to = from.checked_add((values / block).checked_mul(block_bytes)?)?;
     Some(from.try_into().ok()?..to.try_into().ok()?)
-}
-
-struct Reader<'a> {
-    file: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Reader<'a> {
-    fn take(&mut self, n: u64) -> Result<&'a [u8], GgufError> {
-        let rest = &self.file[self.at..];
-        if n > rest.len() as u64 {
-            return bad(format!("it ends at byte {}, inside its header", self.file.len()));
-        }
-        self.at += n as usize;
-        Ok(&rest[..n as usize])
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], GgufError> {
-        let mut out = [0; N];
-        out.copy_from_slice(self.take(N as u64)?);
-        Ok(out)
-    }
-
-    fn u32(&mut self) -> Result<u32, GgufError> {
-        Ok(u32::from_le_bytes(self.array()?))
-    }
-
-    fn u64(&mut self) -> Result<u64, GgufError> {
-        Ok(u64::from_le_bytes(self.array()?))
-    }
-
-    /// A count of things that take at least `least_bytes` each.
-    fn count(&mut self, what: &str, least_bytes: u64) -> Result<u64, GgufError> {
-        let n = self.u64()?;
-        // The other count may still follow, so this is a bound and not the exact room.
-        if n > (self.file.len() - self.at) as u64 / least_bytes {
-            return bad(format!("it claims {n} {what}, more than its size can hold"));
-        }
-        Ok(n)
-    }
-
-    fn string(&mut self) -> Result<String, GgufError> {
-        let n = self.u64()?;
-        let at = self.at;
-        match std::str::from_utf8(self.take(n)?) {
-            Ok(s) => Ok(s.to_owned()),
-            Err(_) => bad(format!("the string at byte {at} is not UTF-8")),
-        }
-    }
-
-    fn value(&mut self, kind: u32, depth: u32) -> Result<Value, GgufError> {
-        Ok(match kind {
-            0 => Value::Unsigned(u8::from_le_bytes(self.array()?).into()),
-            1 => Value::Signed(i8::from_le_bytes(self.array()?).into()),
-            2 => Value::Unsigned(u16::from_le_bytes(self.array()?).into()),
-            3 => Value::Signed(i16::from_le_bytes(self.array()?).into()),
-            4 => Value::Unsigned(self.u32()?.into()),
-            5 => Value::Signed(i32::from_le_bytes(self.array()?).into()),
-            6 => Value::Float(f32::from_le_bytes(self.array()?).into()),
-            7 => match self.array()? {
-                [b @ 0..=1] => Value::Bool(b == 1),
-                [b] => return bad(format!("a boolean is {b}")),
-            },
-            8 => Value::Str(self.string()?),
-            9 if depth < MAX_ARRAY_DEPTH => {
-                let item = self.u32()?;
-                let n = self.count("array values", 1)?;
-                // Grows as values are read: a false count allocates nothing.
-                let mut values = Vec::new();
-                for _ in 0..n {
-                    values.push(self.value(item, depth + 1)?);
-                }
-                Value::Array(values)
-            }
-            9 => return bad("its arrays are nested too deep"),
-            10 => Value::Unsigned(self.u64()?),
-            11 => Value::Signed(i64::from_le_bytes(self.array()?)),
-            12 => Value::Float(f64::from_le_bytes(self.array()?)),
-            _ => return bad(format!("metadata type {kind} is unknown")),
-        })
-    }
 }

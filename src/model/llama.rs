@@ -197,25 +197,27 @@ impl Llama {
             heads: config.heads,
             qkv: views.qkv,
             y: views.attended,
-            window: config.sliding_window,
+            window: config.layer_windows[index],
             inputs,
             tiles,
             pool: &self.pool,
         };
         self.arena.inplace_op2(&self.kv, &attention)?;
-        self.linear(&layer.o, None, views.attended, views.projected, rows)
+        self.linear(&layer.o, layer.o_bias.as_deref(), views.attended, views.projected, rows)
     }
 
     fn feed_forward(&self, layer: &LayerWeights, rows: usize) -> Result<()> {
         let views = &self.views;
-        self.linear(&layer.gate_up, None, views.normed, views.gate_up, rows)?;
+        let bias = layer.gate_up_bias.as_deref();
+        self.linear(&layer.gate_up, bias, views.normed, views.gate_up, rows)?;
         self.arena.inplace_op1(&SiluMul {
             gate_up: views.gate_up,
             y: views.activated,
             rows,
             pool: &self.pool,
         })?;
-        self.linear(&layer.down, None, views.activated, views.projected, rows)
+        let bias = layer.down_bias.as_deref();
+        self.linear(&layer.down, bias, views.activated, views.projected, rows)
     }
 
     fn linear(

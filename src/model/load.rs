@@ -1,15 +1,17 @@
-//! From files to packed weights. The only code that knows GGUF's block formats.
+//! From files to packed weights.
 
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use crate::ops::{Bits, DenseType, PackedWeight, PackedWeightBuilder, QuantRow, QuantSpec};
+use crate::ops::{DenseType, PackedWeight, PackedWeightBuilder, weight::read_dense};
 
 use super::{
-    Family, LayerWeights, ModelConfig, ModelError, ModelWeights, RopeScaling,
-    gguf::{Gguf, TensorInfo, TensorKind},
+    Biases, Family, LayerWeights, ModelConfig, ModelError, ModelWeights, RopeScaling,
+    config::checked_layers,
+    gguf::{Gguf, GgufError, TensorInfo, TensorKind},
+    gguf_blocks::decoder,
     safetensors::Shards,
     weights::MappedFile,
 };
@@ -31,8 +33,12 @@ impl GgufFile {
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let io = |source| ModelError::Io { path: path.display().to_string(), source };
         let bytes = MappedFile::open(path).map_err(io)?;
-        let header = Gguf::parse(&bytes)
-            .map_err(|error| ModelError::Format(format!("{}: {error}", path.display())))?;
+        let header = Gguf::parse(&bytes).map_err(|error| match error {
+            GgufError::Unsupported(what) => {
+                ModelError::Unsupported(format!("{}: {what}", path.display()))
+            }
+            damaged => ModelError::Format(format!("{}: {damaged}", path.display())),
+        })?;
         Ok(Self { header, bytes })
     }
 }
@@ -67,7 +73,6 @@ pub trait WeightSource {
         out: &mut PackedWeightBuilder,
     ) -> Result<(), ModelError>;
     fn vector(&self, layer: Option<usize>, part: Part, len: usize) -> Result<Vec<f32>, ModelError>;
-    fn has(&self, layer: Option<usize>, part: Part) -> bool;
 }
 
 /// A tensor's part in the model, with its name in GGUF and in Hugging Face files.
@@ -97,10 +102,14 @@ parts! {
     Q_NORM = "attn_q_norm.weight", "self_attn.q_norm.weight";
     K_NORM = "attn_k_norm.weight", "self_attn.k_norm.weight";
     O = "attn_output.weight", "self_attn.o_proj.weight";
+    O_BIAS = "attn_output.bias", "self_attn.o_proj.bias";
     FFN_NORM = "ffn_norm.weight", "post_attention_layernorm.weight";
     GATE = "ffn_gate.weight", "mlp.gate_proj.weight";
     UP = "ffn_up.weight", "mlp.up_proj.weight";
     DOWN = "ffn_down.weight", "mlp.down_proj.weight";
+    GATE_BIAS = "ffn_gate.bias", "mlp.gate_proj.bias";
+    UP_BIAS = "ffn_up.bias", "mlp.up_proj.bias";
+    DOWN_BIAS = "ffn_down.bias", "mlp.down_proj.bias";
 }
 
 fn assemble(config: &ModelConfig, source: &dyn WeightSource) -> Result<ModelWeights, ModelError> {
@@ -113,31 +122,33 @@ fn assemble(config: &ModelConfig, source: &dyn WeightSource) -> Result<ModelWeig
         }
         Ok(builder.build())
     };
+    let joined = |layer, wanted, parts: &[(Part, usize)]| -> Result<Option<Vec<f32>>, ModelError> {
+        let read = |(part, len): &(Part, usize)| source.vector(layer, *part, *len);
+        let joined = || Ok(parts.iter().map(read).collect::<Result<Vec<_>, _>>()?.concat());
+        if wanted { joined().map(Some) } else { Ok(None) }
+    };
+    let (biases, head) = (config.biases, config.head_dim);
     let mut layers = Vec::with_capacity(config.layers);
     for index in 0..config.layers {
         let layer = Some(index);
-        let mut bias = Vec::new();
-        if config.attention_bias {
-            for (part, len) in [(Q_BIAS, q), (K_BIAS, kv), (V_BIAS, kv)] {
-                bias.extend(source.vector(layer, part, len)?);
-            }
-        }
-        let norm = |part| source.vector(layer, part, config.head_dim);
+        let qkv_bias = [(Q_BIAS, q), (K_BIAS, kv), (V_BIAS, kv)];
         layers.push(LayerWeights {
             attn_norm: source.vector(layer, ATTN_NORM, hidden)?,
             qkv: fused(layer, &[(Q, q), (K, kv), (V, kv)], hidden)?,
-            qkv_bias: config.attention_bias.then_some(bias),
-            q_norm: if config.qk_norm { Some(norm(Q_NORM)?) } else { None },
-            k_norm: if config.qk_norm { Some(norm(K_NORM)?) } else { None },
+            qkv_bias: joined(layer, biases.qkv, &qkv_bias)?,
+            q_norm: joined(layer, config.qk_norm, &[(Q_NORM, head)])?,
+            k_norm: joined(layer, config.qk_norm, &[(K_NORM, head)])?,
             o: fused(layer, &[(O, hidden)], q)?,
+            o_bias: joined(layer, biases.o, &[(O_BIAS, hidden)])?,
             ffn_norm: source.vector(layer, FFN_NORM, hidden)?,
             gate_up: fused(layer, &[(GATE, inner), (UP, inner)], hidden)?,
+            gate_up_bias: joined(layer, biases.mlp, &[(GATE_BIAS, inner), (UP_BIAS, inner)])?,
             down: fused(layer, &[(DOWN, hidden)], inner)?,
+            down_bias: joined(layer, biases.mlp, &[(DOWN_BIAS, hidden)])?,
         });
     }
     let embed = Arc::new(fused(None, &[(EMBED, config.vocab_size)], hidden)?);
-    let tied = config.tie_word_embeddings || !source.has(None, LM_HEAD);
-    let lm_head = match tied {
+    let lm_head = match config.tie_word_embeddings {
         true => embed.clone(),
         false => Arc::new(fused(None, &[(LM_HEAD, config.vocab_size)], hidden)?),
     };
@@ -159,6 +170,9 @@ fn gguf_config(file: &GgufFile) -> Result<ModelConfig, ModelError> {
         optional(key).ok_or_else(|| ModelError::Format(format!("GGUF metadata lacks {arch}.{key}")))
     };
     let (hidden_size, heads) = (size("embedding_length")?, size("attention.head_count")?);
+    let layers = checked_layers(size("block_count")?)?;
+    let window = optional("attention.sliding_window").filter(|window| *window > 0);
+    let has = |part| header.tensors.contains_key(&gguf_name(Some(0), part));
     let head_dim = optional("attention.key_length").unwrap_or(hidden_size / heads.max(1));
     if let Some(kind) = header.get_str(&format!("{arch}.rope.scaling.type"))
         && !matches!(kind, "none" | "linear")
@@ -185,7 +199,7 @@ fn gguf_config(file: &GgufFile) -> Result<ModelConfig, ModelError> {
         vocab_size: vocab.unwrap_or(0) as usize,
         hidden_size,
         intermediate_size: size("feed_forward_length")?,
-        layers: size("block_count")?,
+        layers,
         heads,
         kv_heads: optional("attention.head_count_kv").unwrap_or(heads),
         head_dim,
@@ -193,9 +207,9 @@ fn gguf_config(file: &GgufFile) -> Result<ModelConfig, ModelError> {
         rope_theta: header.get_f32(&format!("{arch}.rope.freq_base")).unwrap_or(10_000.0).into(),
         rope_scaling,
         max_position: size("context_length")?,
-        sliding_window: optional("attention.sliding_window").filter(|window| *window > 0),
+        layer_windows: vec![window; layers],
         tie_word_embeddings: !header.tensors.contains_key(LM_HEAD.gguf),
-        attention_bias: header.tensors.contains_key("blk.0.attn_q.bias"),
+        biases: Biases { qkv: has(Q_BIAS), o: has(O_BIAS), mlp: has(DOWN_BIAS) },
         qk_norm: family == Family::Qwen3,
         eos_token_ids,
         bos_token_id: header.get_u32("tokenizer.ggml.bos_token_id"),
@@ -225,7 +239,7 @@ impl GgufSource<'_> {
     /// File row of output row `row`: converters interleave the halves of each rotated head of the
     /// llama architecture, and this undoes it.
     fn source_row(&self, part: Part, row: usize) -> usize {
-        if self.config.family != Family::Llama || !(part == Q || part == K) {
+        if self.config.family != Family::Llama || ![Q, K, Q_BIAS, K_BIAS].contains(&part) {
             return row;
         }
         let dim = self.config.head_dim;
@@ -254,20 +268,12 @@ impl WeightSource for GgufSource<'_> {
         let bytes = &self.file.bytes[tensor.bytes.clone()];
         let row_bytes = bytes.len() / n;
         let row_of = |row: usize| &bytes[self.source_row(part, row) * row_bytes..][..row_bytes];
-        let dense = match tensor.kind {
-            TensorKind::F32 => Some(DenseType::F32),
-            TensorKind::F16 => Some(DenseType::F16),
-            TensorKind::BF16 => Some(DenseType::Bf16),
-            _ => None,
-        };
-        if let Some(dtype) = dense {
-            let rows: Vec<u8> = (0..n).flat_map(|row| row_of(row).iter().copied()).collect();
-            return Ok(out.push_dense(n, dtype, &rows)?);
+        if let Some((spec, decode)) = decoder(tensor.kind) {
+            return Ok(out.push_quant(n, spec, &mut |row, to| decode(row_of(row), to))?);
         }
-        let (spec, decode) = decoder(tensor.kind).ok_or_else(|| {
-            ModelError::Unsupported(format!("tensor {name} of type {:?}", tensor.kind))
-        })?;
-        Ok(out.push_quant(n, spec, &mut |row, to| decode(row_of(row), to))?)
+        let dtype = dense(tensor, &name)?;
+        let rows: Vec<u8> = (0..n).flat_map(|row| row_of(row).iter().copied()).collect();
+        Ok(out.push_dense(n, dtype, &rows)?)
     }
 
     fn vector(&self, layer: Option<usize>, part: Part, len: usize) -> Result<Vec<f32>, ModelError> {
@@ -279,133 +285,21 @@ impl WeightSource for GgufSource<'_> {
                 values.len()
             )));
         }
-        Ok(values)
-    }
-
-    fn has(&self, layer: Option<usize>, part: Part) -> bool {
-        self.file.header.tensors.contains_key(&gguf_name(layer, part))
+        Ok((0..len).map(|row| values[self.source_row(part, row)]).collect())
     }
 }
 
+fn dense(tensor: &TensorInfo, name: &str) -> Result<DenseType, ModelError> {
+    match tensor.kind {
+        TensorKind::F32 => Ok(DenseType::F32),
+        TensorKind::F16 => Ok(DenseType::F16),
+        TensorKind::BF16 => Ok(DenseType::Bf16),
+        kind => Err(ModelError::Unsupported(format!("tensor {name} of type {kind:?} as a vector"))),
+    }
+}
+
+/// The values of a tensor that is no matrix of the model, which is never quantised.
 fn floats(file: &[u8], tensor: &TensorInfo, name: &str) -> Result<Vec<f32>, ModelError> {
-    if tensor.kind != TensorKind::F32 {
-        return Err(ModelError::Unsupported(format!("tensor {name} of type {:?}", tensor.kind)));
-    }
-    let bytes = file[tensor.bytes.clone()].chunks_exact(4);
-    Ok(bytes.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-}
-
-type Decode = fn(&[u8], QuantRow<'_>);
-
-/// The layout and the row decoder of each quantised type, as ggml defines its blocks.
-fn decoder(kind: TensorKind) -> Option<(QuantSpec, Decode)> {
-    let spec = |bits, group, zero, has_min, half_scales| QuantSpec {
-        bits,
-        group,
-        zero,
-        has_min,
-        half_scales,
-    };
-    Some(match kind {
-        TensorKind::Q4_0 => {
-            (spec(Bits::Four, 32, 8, false, true), |row, to| nibbles(row, to, false))
-        }
-        TensorKind::Q4_1 => (spec(Bits::Four, 32, 0, true, true), |row, to| nibbles(row, to, true)),
-        TensorKind::Q5_0 => {
-            (spec(Bits::Eight, 32, 16, false, true), |row, to| five(row, to, false))
-        }
-        TensorKind::Q5_1 => (spec(Bits::Eight, 32, 0, true, true), |row, to| five(row, to, true)),
-        TensorKind::Q8_0 => (spec(Bits::Eight, 32, 128, false, true), q8_0),
-        TensorKind::Q4_K => (spec(Bits::Four, 32, 0, true, false), |row, to| k45(row, to, false)),
-        TensorKind::Q5_K => (spec(Bits::Eight, 32, 0, true, false), |row, to| k45(row, to, true)),
-        TensorKind::Q6_K => (spec(Bits::Eight, 16, 32, false, false), q6_k),
-        _ => return None,
-    })
-}
-
-fn f16(bytes: &[u8]) -> f32 {
-    half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
-}
-
-fn nibbles(row: &[u8], to: QuantRow<'_>, has_min: bool) {
-    let head = if has_min { 4 } else { 2 };
-    for (group, block) in row.chunks_exact(head + 16).enumerate() {
-        to.scale[group] = f16(block);
-        if has_min {
-            to.min[group] = f16(&block[2..]);
-        }
-        for (index, byte) in block[head..].iter().enumerate() {
-            to.q[group * 32 + index] = byte & 15;
-            to.q[group * 32 + 16 + index] = byte >> 4;
-        }
-    }
-}
-
-fn five(row: &[u8], to: QuantRow<'_>, has_min: bool) {
-    let head = if has_min { 4 } else { 2 };
-    for (group, block) in row.chunks_exact(head + 20).enumerate() {
-        to.scale[group] = f16(block);
-        if has_min {
-            to.min[group] = f16(&block[2..]);
-        }
-        let high =
-            u32::from_le_bytes([block[head], block[head + 1], block[head + 2], block[head + 3]]);
-        for (index, byte) in block[head + 4..].iter().enumerate() {
-            let bit = |at: usize| ((high >> at & 1) as u8) << 4;
-            to.q[group * 32 + index] = byte & 15 | bit(index);
-            to.q[group * 32 + 16 + index] = byte >> 4 | bit(index + 16);
-        }
-    }
-}
-
-fn q8_0(row: &[u8], to: QuantRow<'_>) {
-    for (group, block) in row.chunks_exact(34).enumerate() {
-        to.scale[group] = f16(block);
-        for (q, byte) in to.q[group * 32..].iter_mut().zip(&block[2..]) {
-            *q = byte ^ 128;
-        }
-    }
-}
-
-/// Q4_K and Q5_K: 256 values, eight 6-bit scales and minimums packed into 12 bytes.
-fn k45(row: &[u8], to: QuantRow<'_>, five: bool) {
-    for (index, block) in row.chunks_exact(if five { 176 } else { 144 }).enumerate() {
-        let (d, d_min, packed) = (f16(block), f16(&block[2..]), &block[4..16]);
-        let (high, low) =
-            if five { (&block[16..48], &block[48..]) } else { (&[][..], &block[16..]) };
-        for group in 0..8 {
-            let (scale, min) = match group {
-                0..4 => (packed[group] & 63, packed[group + 4] & 63),
-                _ => (
-                    packed[group + 4] & 15 | packed[group - 4] >> 6 << 4,
-                    packed[group + 4] >> 4 | packed[group] >> 6 << 4,
-                ),
-            };
-            to.scale[index * 8 + group] = d * f32::from(scale);
-            to.min[index * 8 + group] = -d_min * f32::from(min);
-            for value in 0..32 {
-                let byte = low[group / 2 * 32 + value];
-                let nibble = if group % 2 == 0 { byte & 15 } else { byte >> 4 };
-                let top = high.get(value).map_or(0, |bits| (bits >> group & 1) << 4);
-                to.q[index * 256 + group * 32 + value] = nibble | top;
-            }
-        }
-    }
-}
-
-fn q6_k(row: &[u8], to: QuantRow<'_>) {
-    for (index, block) in row.chunks_exact(210).enumerate() {
-        let (low, high, scales, d) =
-            (&block[..128], &block[128..192], &block[192..208], f16(&block[208..]));
-        for (group, scale) in scales.iter().enumerate() {
-            to.scale[index * 16 + group] = d * f32::from(*scale as i8);
-        }
-        for value in 0..256 {
-            let (half, within) = (value / 128, value % 128);
-            let byte = low[half * 64 + within % 64];
-            let nibble = if within < 64 { byte & 15 } else { byte >> 4 };
-            let top = high[half * 32 + within % 32] >> (within / 32 * 2) & 3;
-            to.q[index * 256 + value] = nibble | top << 4;
-        }
-    }
+    let (dtype, bytes) = (dense(tensor, name)?, &file[tensor.bytes.clone()]);
+    Ok((0..bytes.len() / dtype.bytes()).map(|index| read_dense(bytes, dtype, index)).collect())
 }

@@ -2,6 +2,9 @@
 
 pub mod config;
 pub mod gguf;
+mod gguf_blocks;
+mod gguf_value;
+pub mod hf_config;
 pub mod llama;
 pub mod load;
 pub mod safetensors;
@@ -9,7 +12,7 @@ pub mod weights;
 
 use std::sync::Arc;
 
-pub use config::{Family, ModelConfig, RopeScaling};
+pub use config::{Biases, Family, ModelConfig, RopeScaling};
 pub use llama::{Llama, RuntimeLimits};
 pub use load::{GgufFile, WeightFiles, load};
 
@@ -24,10 +27,13 @@ pub struct LayerWeights {
     pub q_norm: Option<Vec<f32>>,
     pub k_norm: Option<Vec<f32>>,
     pub o: PackedWeight,
+    pub o_bias: Option<Vec<f32>>,
     pub ffn_norm: Vec<f32>,
     /// Rows of gate, then up.
     pub gate_up: PackedWeight,
+    pub gate_up_bias: Option<Vec<f32>>,
     pub down: PackedWeight,
+    pub down_bias: Option<Vec<f32>>,
 }
 
 pub struct ModelWeights {

@@ -129,8 +129,4 @@ impl WeightSource for Shards {
         let (dtype, bytes) = self.tensor(layer, part, &[len])?;
         Ok((0..len).map(|index| crate::ops::weight::read_dense(bytes, dtype, index)).collect())
     }
-
-    fn has(&self, layer: Option<usize>, part: Part) -> bool {
-        self.tensors.contains_key(&hf_name(layer, part))
-    }
 }

@@ -468,10 +468,11 @@ fn values_tail<E: Element, const N: usize>(
     for ((y, shrink), scores) in y.iter_mut().zip(shrink).zip(scores) {
         for (column, y) in y.iter_mut().enumerate().skip(column) {
             *y *= shrink;
-            for token in chunk.from..chunk.to {
+            let weights = scores.iter().enumerate().take(chunk.to).skip(chunk.from);
+            for (token, weight) in weights {
                 let (block, slot) = (token / KV_BLOCK_TOKENS, token % KV_BLOCK_TOKENS);
                 let v = chunk.v[block][slot * chunk.dim + column].to_f32();
-                *y = v.mul_add(scores[token], *y);
+                *y = v.mul_add(*weight, *y);
             }
         }
     }

@@ -24,7 +24,7 @@ pub fn limit(most: Isa) -> Isa {
 }
 
 fn best(most: Isa) -> Isa {
-    available().into_iter().filter(|isa| *isa <= most).next_back().unwrap_or(Isa::Portable)
+    available().into_iter().rfind(|isa| *isa <= most).unwrap_or(Isa::Portable)
 }
 
 /// All that this machine can run, the best last.

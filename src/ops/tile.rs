@@ -56,6 +56,7 @@ for_isa! {
     pub fn quantise_row[](x: &[f32], q: &mut [i16], groups: &mut [GroupX]) = quantise
 }
 
+#[allow(clippy::extra_unused_type_parameters, reason = "plain code, compiled for each set")]
 #[inline(always)]
 unsafe fn quantise<L: Lanes>(x: &[f32], q: &mut [i16], groups: &mut [GroupX]) {
     let (x, _) = x.as_chunks::<GROUP>();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::RegistryError;
-use crate::price::{Prices, parse_usd};
+use crate::price::{Prices, usd};
 
 /// A model is at most this many packages.
 const PARTS_MAX: usize = 1000;
@@ -87,11 +87,12 @@ impl Manifest {
         }
         let sources = raw.sources.into_iter().map(expand).collect::<Result<_, _>>();
         let prices = raw.prices.map(|p| {
-            let usd = |key, text: &str| parse_usd(text).map_err(|e| format!("prices.{key}: {e}"));
+            let amount =
+                |key, text: &str| usd::parse(text).map_err(|e| format!("prices.{key}: {e}"));
             Ok(Prices {
-                input: usd("input", &p.input)?,
-                cached_input: usd("cached_input", &p.cached_input)?,
-                output: usd("output", &p.output)?,
+                input: amount("input", &p.input)?,
+                cached_input: amount("cached_input", &p.cached_input)?,
+                output: amount("output", &p.output)?,
             })
         });
         Ok(Self {

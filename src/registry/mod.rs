@@ -1,5 +1,6 @@
 //! Model ids and paths to verified files on disk.
 
+mod checked;
 mod error;
 mod hub;
 mod local;
@@ -7,6 +8,7 @@ mod manifest;
 mod package;
 mod progress;
 mod sink;
+mod snapshot;
 mod store;
 
 use std::{
@@ -141,12 +143,10 @@ impl Registry {
         progress: &dyn Progress,
     ) -> Result<ResolvedModel, RegistryError> {
         progress.start(repo, None);
-        let fetched = hub::fetch_snapshot(&self.options, parts, revision, self.is_hub_offline());
+        let fetched =
+            snapshot::fetch(&self.options, parts, revision, self.is_hub_offline(), progress);
         progress.finish();
-        let dir = fetched.map_err(|reason| RegistryError::NoSource {
-            model: repo.to_string(),
-            reasons: vec![format!("hub: {reason}")],
-        })?;
+        let dir = fetched?;
         let commit = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let source = local::open(&dir)?;
         let (id, notes) = (repo.to_string(), String::new());

@@ -48,6 +48,15 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
+    pub fn done_bytes(&self) -> u64 {
+        self.done_bytes
+    }
+
+    /// What the manifest says.
+    pub fn stated_bytes(&self) -> u64 {
+        self.manifest.size_bytes
+    }
+
     pub fn take_local_error(&mut self) -> Option<RegistryError> {
         self.local_error.take()
     }

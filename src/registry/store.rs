@@ -1,8 +1,8 @@
 //! The cache directory: one verified file a model, whatever else happens to the process.
 
 use std::{
-    fs::{self, File, TryLockError},
-    io::Read,
+    fs::{self, File, Metadata, TryLockError},
+    io::{self, Read},
     path::{Path, PathBuf},
     time::UNIX_EPOCH,
 };
@@ -34,7 +34,7 @@ pub(super) fn obtain(
     }
     fs::create_dir_all(&dir).map_err(|e| RegistryError::io(&dir, e))?;
     // Held to the end of this function; the system releases it if the process dies.
-    let _lock = lock(&dir, manifest, progress)?;
+    let _lock = lock(&dir.join("lock"), &manifest.id, progress)?;
     remove_partials(&dir)?;
     if is_marked(&path, &marker, manifest) {
         return Ok(path);
@@ -128,16 +128,20 @@ fn label(source: &Source) -> String {
     }
 }
 
-fn lock(dir: &Path, manifest: &Manifest, progress: &dyn Progress) -> Result<File, RegistryError> {
-    let path = dir.join("lock");
-    let file = File::create(&path).map_err(|e| RegistryError::io(&path, e))?;
+/// Takes the lock file at `path`, waiting for whoever holds it; `what` is fetched under it.
+pub(super) fn lock(
+    path: &Path,
+    what: &str,
+    progress: &dyn Progress,
+) -> Result<File, RegistryError> {
+    let file = File::create(path).map_err(|e| RegistryError::io(path, e))?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            progress.note(&format!("waiting for another process to fetch {}", manifest.id));
-            file.lock().map_err(|e| RegistryError::io(&path, e))?;
+            progress.note(&format!("waiting for another process to fetch {what}"));
+            file.lock().map_err(|e| RegistryError::io(path, e))?;
         }
-        Err(TryLockError::Error(e)) => return Err(RegistryError::io(&path, e)),
+        Err(TryLockError::Error(e)) => return Err(RegistryError::io(path, e)),
     }
     Ok(file)
 }
@@ -166,21 +170,11 @@ fn verify(
         return Ok(Ok(()));
     }
     let io = |e| RegistryError::io(path, e);
-    let mut file = File::open(path).map_err(io)?;
-    let size = file.metadata().map_err(io)?.len();
+    let size = fs::metadata(path).map_err(io)?.len();
     if size != manifest.size_bytes {
         return Ok(Err(format!("{size} bytes, the manifest states {}", manifest.size_bytes)));
     }
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; READ_BYTES];
-    loop {
-        let read = file.read(&mut buffer).map_err(io)?;
-        if read == 0 {
-            break;
-        }
-        hash.update(&buffer[..read]);
-    }
-    let sha256 = hex(&hash.finalize());
+    let sha256 = sha256(path).map_err(io)?;
     if sha256 != manifest.sha256 {
         return Ok(Err(format!("sha256 is {sha256}, the manifest states {}", manifest.sha256)));
     }
@@ -188,10 +182,29 @@ fn verify(
     Ok(Ok(()))
 }
 
+/// The SHA-256 of a file, in hex.
+pub(super) fn sha256(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            return Ok(hex(&hash.finalize()));
+        }
+        hash.update(&buffer[..read]);
+    }
+}
+
+/// When a file was last written, if the system knows.
+pub(super) fn changed_ns(metadata: &Metadata) -> Option<u128> {
+    Some(metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos())
+}
+
 /// What the marker of an unchanged file says: a large file is hashed once, not at each start.
 fn fingerprint(path: &Path, manifest: &Manifest) -> Option<String> {
     let metadata = fs::metadata(path).ok()?;
-    let mtime_ns = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
+    let mtime_ns = changed_ns(&metadata)?;
     let size = metadata.len();
     (size == manifest.size_bytes)
         .then(|| format!("{} {size} {mtime_ns} {}\n", manifest.sha256, path.display()))

@@ -297,7 +297,14 @@ impl Scheduler {
                 samples.push(target);
             }
         }
-        plan.seqs.push(PlannedSeq { seq: id, first, new_tokens, samples, score });
+        plan.seqs.push(PlannedSeq {
+            seq: id,
+            first,
+            new_tokens,
+            recomputed: again,
+            samples,
+            score,
+        });
     }
 
     /// Lets the siblings of a just prefilled sequence share its blocks, each with a seat of its own.

@@ -42,6 +42,8 @@ pub struct PlannedSeq {
     pub seq: SeqId,
     pub first: usize,
     pub new_tokens: usize,
+    /// Of these, how many were computed before, from the first on, and lost to a preemption.
+    pub recomputed: usize,
     /// Who draws a token from the last row: nobody while a prompt is unfinished, the sequence
     /// itself, or every choice of a request that has just been prefilled.
     pub samples: Vec<SampleTarget>,

@@ -2,11 +2,14 @@
 //! work; the rest begins with `candela:`.
 
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, Opts, Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, Opts, Registry, TextEncoder,
     core::Collector,
 };
 
-use crate::engine::EngineSnapshot;
+use crate::{
+    engine::EngineSnapshot,
+    meter::{Report, Usage},
+};
 
 /// Upper bounds in seconds.
 const TTFT_BUCKETS_S: [f64; 15] =
@@ -69,8 +72,14 @@ impl Metrics {
         self.end_to_end.observe(ns as f64 / 1e9);
     }
 
-    /// All metrics in Prometheus' text format; `tasks` is the number of live async tasks.
-    pub fn render(&self, engine: &EngineSnapshot, tasks: usize) -> prometheus::Result<String> {
+    /// All metrics in Prometheus' text format; `tasks` is the number of live async tasks, `device` who
+    /// used the device lately, by tenant: its owners are bounded, so these series are.
+    pub fn render(
+        &self,
+        engine: &EngineSnapshot,
+        tasks: usize,
+        device: &Report,
+    ) -> prometheus::Result<String> {
         let snapshot = Registry::new();
         let options = |name: &str, help: &str| {
             Opts::new(name, help).const_label("model_name", self.model.as_str())
@@ -119,10 +128,30 @@ impl Metrics {
         let seconds = prometheus::Counter::with_opts(busy)?;
         seconds.inc_by(engine.device_busy_ns as f64 / 1e9);
         add(Box::new(seconds))?;
+        self.add_device(&snapshot, device)?;
         let mut families = self.registry.gather();
         families.extend(snapshot.gather());
         let mut text = Vec::new();
         TextEncoder::new().encode(&families, &mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// Shares of the device's time; all of them make 1.
+    fn add_device(&self, to: &Registry, device: &Report) -> prometheus::Result<()> {
+        let wall_ns = device.total().device_ns.max(1) as f64;
+        let options = Opts::new("candela:device_share", "Share of the device's time, lately.");
+        let shares = GaugeVec::new(
+            options.const_label("model_name", self.model.as_str()),
+            &["kind", "tenant"],
+        )?;
+        let add = |kind: &str, tenant: &str, usage: &Usage| {
+            shares.with_label_values(&[kind, tenant]).add(usage.device_ns as f64 / wall_ns);
+        };
+        device.rows.iter().for_each(|(tenant, usage)| add("tenant", tenant, usage));
+        add("other", "", &device.other);
+        device.overhead.iter().for_each(|usage| add("overhead", "", usage));
+        add("foreign", "", &device.foreign);
+        add("idle", "", &device.idle);
+        to.register(Box::new(shares))
     }
 }

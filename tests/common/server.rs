@@ -16,6 +16,7 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 /// Killed when dropped. Its model is called `m`.
 pub struct Server {
     process: Child,
+    data_dir: tempfile::TempDir,
     pub url: String,
     pub http: reqwest::Client,
     log: Arc<Mutex<String>>,
@@ -24,10 +25,13 @@ pub struct Server {
 impl Server {
     pub fn start(extra: &[&str]) -> Self {
         let path = super::default_model();
+        let data_dir = tempfile::tempdir().expect("a directory");
         let mut process = Command::new(env!("CARGO_BIN_EXE_candela"))
             .args(["serve", "--port", "0", "--served-model-name", "m", "--log-format", "json"])
             .arg("--model")
             .arg(path)
+            .arg("--data-dir")
+            .arg(data_dir.path())
             .args(extra)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -51,7 +55,7 @@ impl Server {
         let url = line.split("on ").nth(1).map(|url| url.trim().to_owned());
         let url = url.unwrap_or_else(|| panic!("{}", log.lock().expect("not poisoned")));
         let http = reqwest::Client::builder().no_proxy().build().expect("client");
-        Self { process, url, http, log }
+        Self { process, data_dir, url, http, log }
     }
 
     pub async fn send(&self, method: Method, path: &str, body: &Value) -> reqwest::Response {
@@ -85,6 +89,15 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         panic!("no line with {parts:?} in {}", self.log.lock().expect("not poisoned"));
+    }
+
+    pub fn data_dir(&self) -> &std::path::Path {
+        self.data_dir.path()
+    }
+
+    /// Everything it has logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().expect("not poisoned").clone()
     }
 
     pub fn id(&self) -> u32 {

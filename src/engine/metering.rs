@@ -1,0 +1,159 @@
+//! Device time, tokens and KV blocks of every step, to those who used them.
+//!
+//! The engine splits a step and charges leases itself; the books over time are kept by a thread of
+//! their own, so that whoever reads them never holds the engine up.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::JoinHandle,
+};
+
+use crate::{
+    meter::{
+        Account, AccountLimits, Coefficients, DeviceStep, Overhead, Owner, Sample, SeqWork,
+        StepModel, StepWork, Tokens, split,
+    },
+    scheduler::{Scheduler, StepPlan},
+    types::SeqId,
+};
+
+/// Shares before anything was timed: a step's fixed part weighs as much as a few dozen tokens.
+const FIRST_TERMS_NS: [f64; 4] = [1e6, 1e5, 10.0, 10.0];
+
+/// What one step adds to the books.
+#[derive(Debug, Default)]
+pub struct StepRecord {
+    pub step: DeviceStep,
+    pub tokens: Vec<(Owner, Tokens)>,
+    /// KV blocks held since the step before.
+    pub blocks: Vec<(Owner, u64)>,
+    pub blocks_from_ns: u64,
+}
+
+/// The books of a device; clones share them.
+#[derive(Clone)]
+pub struct Books(Arc<Mutex<Account>>);
+
+impl Books {
+    /// Not for the engine's thread.
+    pub fn lock(&self) -> MutexGuard<'_, Account> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// Starts the thread that keeps the books. It ends when the engine does.
+pub fn keep_books(start_ns: u64) -> std::io::Result<(Books, Sender<StepRecord>, JoinHandle<()>)> {
+    let books = Books(Arc::new(Mutex::new(Account::new(start_ns, AccountLimits::default()))));
+    let (sender, records): (_, Receiver<StepRecord>) = channel();
+    let kept = books.clone();
+    let thread = std::thread::Builder::new().name("candela-meter".into()).spawn(move || {
+        for record in records {
+            let mut account = kept.lock();
+            let end_ns = record.step.end_ns;
+            account.record_step(&record.step);
+            for (owner, tokens) in &record.tokens {
+                account.record_tokens(end_ns, owner, *tokens);
+            }
+            for (owner, blocks) in &record.blocks {
+                account.record_blocks(record.blocks_from_ns, end_ns, owner, *blocks);
+            }
+            account.settle(end_ns);
+        }
+    })?;
+    Ok((books, sender, thread))
+}
+
+/// A sequence's part of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub seq: SeqId,
+    pub device_ns: u64,
+    /// The most that may be charged for it.
+    pub bound_ns: u64,
+}
+
+/// The step model of one model on one device.
+pub struct Metering {
+    model: StepModel,
+    window: Option<u32>,
+}
+
+impl Metering {
+    pub fn new(window: Option<usize>) -> Self {
+        let first = Coefficients::new(FIRST_TERMS_NS).expect("no negative term");
+        let window = window.and_then(|window| u32::try_from(window).ok());
+        Self { model: StepModel::new(first), window }
+    }
+
+    pub fn window(&self) -> Option<u32> {
+        self.window
+    }
+
+    /// Learns from steps that were timed for that. Too few say nothing: then the steps of requests
+    /// teach it.
+    pub fn calibrate(&mut self, samples: &[Sample]) {
+        match self.model.calibrate(samples) {
+            Ok(()) => {
+                let terms_ns = self.model.coefficients().terms_ns();
+                tracing::info!(samples = samples.len(), ?terms_ns, "step times calibrated");
+            }
+            Err(error) => tracing::info!(%error, "step times are learned from requests"),
+        }
+    }
+
+    /// What a plan asks of the device.
+    pub fn work(&self, plan: &StepPlan) -> StepWork {
+        let seqs = plan.seqs.iter().map(|planned| {
+            let useful = planned.new_tokens - planned.recomputed;
+            let rows = [planned.recomputed as u32, useful as u32, 0];
+            SeqWork::divided(planned.seq, planned.first as u32, rows, self.window)
+        });
+        StepWork { seqs: seqs.collect(), padding_tokens: 0 }
+    }
+
+    /// The most that one more token of a sequence with `context` tokens takes.
+    pub fn token_bound_ns(&self, seq: SeqId, context: usize) -> u64 {
+        self.bound_ns(SeqWork::new(seq, context as u32, 1, self.window))
+    }
+
+    /// Alone in a step, a sequence takes at least what it takes among others.
+    fn bound_ns(&self, alone: SeqWork) -> u64 {
+        self.model.upper_bound_ns(&StepWork { seqs: vec![alone], padding_tokens: 0 })
+    }
+
+    /// Splits the time of a step; `lives` says whose rows were of any use.
+    pub fn commit(
+        &mut self,
+        mut work: StepWork,
+        device_ns: u64,
+        lives: impl Fn(SeqId) -> bool,
+    ) -> (Vec<Share>, [u64; Overhead::ALL.len()]) {
+        for seq in &mut work.seqs {
+            if !lives(seq.seq) {
+                *seq = seq.into_discarded();
+            }
+        }
+        let parts = split(&self.model.coefficients(), &work, device_ns);
+        let shares = parts.seqs.iter().zip(&work.seqs).map(|(part, work)| Share {
+            seq: part.seq,
+            device_ns: part.useful_ns,
+            bound_ns: self.bound_ns(*work),
+        });
+        let shares = shares.collect();
+        self.model.observe(&work, device_ns);
+        (shares, parts.overhead_ns())
+    }
+}
+
+/// KV blocks of everyone who holds any.
+pub fn blocks_of(
+    scheduler: &Scheduler,
+    seqs: impl Iterator<Item = (SeqId, Owner)>,
+) -> Vec<(Owner, u64)> {
+    seqs.filter_map(|(seq, owner)| Some((owner, scheduler.get(seq)?.blocks.len() as u64)))
+        .filter(|(_, blocks)| *blocks > 0)
+        .collect()
+}
