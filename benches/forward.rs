@@ -34,7 +34,7 @@ fn main() {
     }
     let kv_dtype = match std::env::var("CANDELA_KV_CACHE_DTYPE") {
         Ok(name) => kv_dtype(name.parse().expect("CANDELA_KV_CACHE_DTYPE")),
-        Err(_) => KvDtype::F32,
+        Err(_) => KvDtype::F16,
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let pool = Arc::new(CpuPool::new(threads).expect("threads"));

@@ -71,7 +71,7 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
             1..=COUNT_LIMIT,
         )?,
         kv_cache_memory_bytes: kv,
-        kv_cache_dtype: settings.kv_cache_dtype.unwrap_or(KvCacheDtype::F32),
+        kv_cache_dtype: settings.kv_cache_dtype.unwrap_or(KvCacheDtype::F16),
         isa_max: settings.isa_max,
         step_tokens_max: count(
             "max_num_batched_tokens",

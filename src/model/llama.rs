@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor};
+use half::{f16, vec::HalfBitsVecExt};
 
 use crate::ops::{
     Attention, AttentionTiles, BlockCopy, CpuPool, Embed, GatherRows, KvDtype, KvShape, KvWrite,
@@ -68,7 +69,7 @@ impl Llama {
         let k_max =
             config.hidden_size.max(config.intermediate_size).max(config.heads * config.head_dim);
         Ok(Self {
-            kv: Tensor::zeros(kv_shape.elements(), DType::from(limits.kv_dtype), &Device::Cpu)?,
+            kv: zeros(kv_shape.elements(), limits.kv_dtype)?,
             arena: Tensor::zeros(elements, DType::F32, &Device::Cpu)?,
             scratch: LinearScratch::new(limits.step_tokens_max.max(limits.logits_rows_max), k_max),
             rope_table: rope_table(&config, limits.context_tokens_max),
@@ -272,6 +273,18 @@ fn lay_out(config: &ModelConfig, limits: &RuntimeLimits) -> (Workspace, usize) {
         logits: view(picked, config.vocab_size),
     };
     (workspace, used)
+}
+
+/// Zeros of which a page takes memory only once it is written.
+fn zeros(elements: usize, dtype: KvDtype) -> Result<Tensor> {
+    match dtype {
+        KvDtype::F32 => Tensor::from_vec(vec![0f32; elements], elements, &Device::Cpu),
+        // Zeros of f16 would be written one by one.
+        KvDtype::F16 => {
+            let zeros = vec![0u16; elements].reinterpret_into::<f16>();
+            Tensor::from_vec(zeros, elements, &Device::Cpu)
+        }
+    }
 }
 
 /// Cosines and sines of every position, `[positions, head_dim]`.

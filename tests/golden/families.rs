@@ -2,6 +2,7 @@
 
 use candela::{
     model::{self, ModelConfig, WeightFiles},
+    ops::KvDtype,
     registry::{ModelSource, NoProgress, Registry, RegistryOptions},
 };
 use serde::Deserialize;
@@ -71,7 +72,7 @@ fn runner(case: &Case, files: Files) -> Runner {
         ModelSource::Gguf { path } => WeightFiles::Gguf(path),
     };
     let (config, weights) = model::load(&weights).expect(&case.name);
-    Runner::new(config, weights, CONTEXT, CONTEXT)
+    Runner::new(config, weights, CONTEXT, CONTEXT, KvDtype::F32)
 }
 
 fn check(golden: &Golden, case: &Case, files: Files) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candela::{
     model::{Llama, ModelConfig, ModelWeights, RuntimeLimits},
-    ops::{CpuPool, KV_BLOCK_TOKENS, StepInputs},
+    ops::{CpuPool, KV_BLOCK_TOKENS, KvDtype, StepInputs},
 };
 
 pub struct Runner {
@@ -13,11 +13,18 @@ pub struct Runner {
 }
 
 impl Runner {
-    pub fn new(config: ModelConfig, weights: ModelWeights, context: usize, chunk: usize) -> Self {
+    pub fn new(
+        config: ModelConfig,
+        weights: ModelWeights,
+        context: usize,
+        chunk: usize,
+        kv_dtype: KvDtype,
+    ) -> Self {
         let limits = RuntimeLimits {
             step_tokens_max: chunk,
             logits_rows_max: chunk,
             kv_blocks: context.div_ceil(KV_BLOCK_TOKENS),
+            kv_dtype,
             context_tokens_max: context,
         };
         let pool = Arc::new(CpuPool::new(2).expect("threads"));
