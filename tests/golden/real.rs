@@ -241,9 +241,9 @@ async fn check(id: &str, golden: &str, logit_error_max: [f32; 2]) {
     model.engine.handle.stop();
 }
 
-/// Quantised weights meet activations of 16 bits here and exact ones there. Measured: 0.0042 on
-/// logits with a standard deviation of about 3.
-const SMOLLM2_LOGIT_ERROR_MAX: [f32; 2] = [0.006, 0.02];
+/// Quantised weights meet activations of 16 bits here and exact ones there. Measured: 0.0064 and
+/// 0.0075 on logits with a standard deviation of about 3.
+const SMOLLM2_LOGIT_ERROR_MAX: [f32; 2] = [0.009, 0.012];
 
 #[tokio::test]
 async fn smollm2_agrees_with_transformers() {
@@ -251,7 +251,7 @@ async fn smollm2_agrees_with_transformers() {
     check("smollm2-135m-instruct", golden, SMOLLM2_LOGIT_ERROR_MAX).await;
 }
 
-/// Measured: 0.0018.
+/// Measured with f32: 0.0018.
 const QWEN_LOGIT_ERROR_MAX: [f32; 2] = [0.0025, 0.02];
 
 #[tokio::test]
