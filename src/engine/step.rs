@@ -1,6 +1,10 @@
 //! A step: planned with what every request can pay, launched, committed.
 
-use std::{cell::RefCell, collections::HashMap, sync::atomic::Ordering};
+use std::{
+    cell::RefCell,
+    collections::{HashMap, HashSet},
+    sync::atomic::Ordering,
+};
 
 use super::{
     device::{Device, DeviceError, DeviceOutcome, DeviceStep, SampleSpec, ScoreSpec, SlotBegin},
@@ -22,7 +26,12 @@ impl<D: Device> Engine<D> {
         let (live, owners) = (&self.live, &self.owners);
         // Tokens that this plan takes of each request: its choices share one lease, in index order.
         let taken: RefCell<HashMap<SeqId, u64>> = RefCell::default();
+        // A plan asks for a sequence when it is let in and when it is computed: one token all the same.
+        let granted: RefCell<HashSet<SeqId>> = RefCell::default();
         let payable = |seq: SeqId| {
+            if granted.borrow().contains(&seq) {
+                return 1;
+            }
             let Some((owner, _)) = owners.get(&seq) else { return 0 };
             let Some(request) = live.get(owner).filter(|live| live.has_room(depth)) else {
                 return 0;
@@ -30,8 +39,12 @@ impl<D: Device> Engine<D> {
             let mut taken = taken.borrow_mut();
             let taken = taken.entry(*owner).or_insert(0);
             let left = request.lease.affordable().saturating_sub(request.in_flight + *taken);
-            *taken += u64::from(left > 0);
-            usize::from(left > 0)
+            if left == 0 {
+                return 0;
+            }
+            *taken += 1;
+            granted.borrow_mut().insert(seq);
+            1
         };
         let plan = self.scheduler.plan(&payable);
         self.counters.preemptions += plan.preempted.len() as u64;
