@@ -27,10 +27,12 @@ pub mod registry;
 pub mod price;
 /// Accounts, budgets, holds and posts: every nano-USD, durable and provable.
 pub mod ledger;
-/// Device time and energy to those who used them; pure.
-pub mod meter;
 /// The engine thread: plan, run, commit.
 pub mod engine;
+/// Device time and energy: who used what, and nothing lost; pure.
+pub mod meter;
+/// What NVIDIA's driver says about the GPUs.
+pub mod gpu;
 /// Queues and policy; pure.
 pub mod scheduler;
 /// KV block allocator and block keys; pure.

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use candela::config::{ByteSize, Config, ConfigError, KvCacheDtype, Settings};
+use candela::config::{ByteSize, Config, ConfigError, KvCacheDtype, LedgerPlace, Settings};
 use clap::Parser;
 
 #[derive(Parser)]
@@ -32,6 +32,22 @@ fn refuses(text: &str, flags: &[&str], parts: &[&str]) {
             assert!(!error.contains("sk-hidden"), "the key is shown: {error}");
         }
     }
+}
+
+#[test]
+fn prices_name_their_line_and_key() {
+    let price = |lines: &str| format!("port = 9\n[[price]]\nmodel = \"m\"\n{lines}\n");
+    let good = load(&price("input = \"0.02\"\noutput = \"0.04\"\ntenant = \"a\""), &[]).unwrap();
+    assert_eq!(good.prices.len(), 1);
+    assert_eq!(good.prices[0].rates.cached_input.0, 20_000_000);
+    refuses(&price("input = 0.02\noutput = \"1\""), &[], &["line 4", "`input`"]);
+    refuses(&price("input = \"1\"\noutput = \"1e3\""), &[], &["line 5", "`output`", "1e3"]);
+    refuses(&price("input = \"1\"\nouptut = \"1\""), &[], &["line 5", "`ouptut`", "output"]);
+    refuses(&price("input = \"1\""), &[], &["line 2", "`price`", "output"]);
+    refuses(&price("input = \"1\"\noutput = \"1\"\ncached_input = \"2\""), &[], &["cached"]);
+    refuses(&price("input = \"1\"\noutput = \"1\"\ngpu = \"abacus\""), &[], &["abacus", "l4"]);
+    refuses(&price("billing = \"device\""), &[], &["gpu_hour"]);
+    refuses("[[price]]\ninput = \"1\"\noutput = \"1\"", &[], &["line 1", "model"]);
 }
 
 #[test]
@@ -152,4 +168,23 @@ fn sizes() {
     check("1.2.3", None);
     check("4GiBs", None);
     check("1e9", None);
+}
+
+#[test]
+fn a_ledger_is_a_directory_or_a_database_whose_password_stays_hidden() {
+    let place = |text: &str, flags: &[&str]| load(text, flags).unwrap().ledger;
+    let url = "postgres://u:sk-hidden@127.0.0.1/db";
+    for found in [place("", &["--ledger", url]), place(&format!("ledger = \"{url}\""), &[])] {
+        assert!(matches!(&found, LedgerPlace::Postgres(known) if known.reveal() == url));
+        assert!(!format!("{found:?}").contains("sk-hidden"));
+    }
+    let found = place("ledger = \"postgresql://h/db\"", &["--data-dir", "/tmp/x"]);
+    assert!(matches!(found, LedgerPlace::Postgres(_)), "the database comes first");
+    assert_eq!(place("data_dir = \"/tmp/x\"", &[]), LedgerPlace::Directory("/tmp/x".into()));
+    for wrong in
+        ["", "ledger.sqlite", "mysql://u:sk-hidden@h/db", "POSTGRES:sk-hidden", "sqlite:///x"]
+    {
+        refuses("", &["--ledger", wrong], &["ledger", "postgres://user:password@host", "data_dir"]);
+    }
+    refuses("ledger = 5", &[], &["line 1", "`ledger`"]);
 }

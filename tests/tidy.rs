@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 /// Top-level modules, and those of this crate that each may name.
-const MAY_KNOW: [(&str, &[&str]); 18] = [
+const MAY_KNOW: [(&str, &[&str]); 19] = [
     ("types", &[]),
     ("clock", &[]),
     ("config", &["types", "price"]),
     ("price", &["types"]),
     ("meter", &["types"]),
+    ("gpu", &["types"]),
     ("scheduler", &["types", "cache"]),
     ("cache", &["types"]),
     ("ops", &[]),

@@ -188,12 +188,24 @@ impl Call {
         old: &Value,
         new: &Value,
     ) -> Result<(), DbError> {
-        let text = |value: &Value| match value {
-            Value::Null => String::new(),
-            other => other.to_string(),
-        };
-        book.audit(&self.authority.actor(), action, target, &text(old), &text(new))
+        audit(book, &self.authority.actor(), action, target, old, new)
     }
+}
+
+/// As [`Call::audit`], for what nobody called for.
+pub(super) fn audit(
+    book: &mut Book<'_>,
+    actor: &str,
+    action: &str,
+    target: &str,
+    old: &Value,
+    new: &Value,
+) -> Result<(), DbError> {
+    let text = |value: &Value| match value {
+        Value::Null => String::new(),
+        other => other.to_string(),
+    };
+    book.audit(actor, action, target, &text(old), &text(new))
 }
 
 pub(super) const NS_PER_S: i64 = 1_000_000_000;

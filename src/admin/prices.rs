@@ -6,15 +6,21 @@ use crate::{
     ledger::{
         Book,
         book::{PriceSpec, Role},
+        db::DbError,
     },
     price::{Asked, Billing, GPU_NAMES, GPU_RATES_AS_OF, GPUS as CATALOGUE, usd},
     types::{ModelId, NanoUsd, TenantId},
 };
 
 use super::{
-    AdminError, Call, Field, Kind, Route, Verb, Work, tenants,
+    AdminError, Call, Field, Kind, Route, Verb, Work,
+    call::audit,
+    tenants,
     view::{self, PAGE, PAGING},
 };
+
+/// Who sets prices of the configuration, in the audit log.
+const FILE: &str = "file";
 
 pub const PRICES: Route = Route {
     name: "listPrices",
@@ -81,7 +87,7 @@ fn prices(book: &mut Book<'_>, call: &Call) -> Result<Value, AdminError> {
     if call.given.flag("history") == Some(true) {
         let before = call.given.int("before").unwrap_or(i64::MAX);
         let rows = book.price_history(model, before, limit + 1)?;
-        return Ok(view::list(rows.iter().map(|row| view::price(row, now_ns)).collect(), limit));
+        return Ok(view::list(rows.iter().map(view::price).collect(), limit));
     }
     let after = call.given.text("after").unwrap_or_default();
     let rows = book.prices_in_force(model, after, limit)?;
@@ -89,7 +95,13 @@ fn prices(book: &mut Book<'_>, call: &Call) -> Result<Value, AdminError> {
     let mut models: Vec<_> = rows.iter().map(|row| row.model.as_str()).collect();
     models.dedup();
     let has_more = models.len() as i64 == limit;
-    let rows = rows.iter().map(|row| view::price(row, now_ns)).collect();
+    let rows = rows.iter().map(|row| {
+        let mut shown = view::price(row);
+        let scheduled = row.from_ns > now_ns;
+        shown["state"] = if scheduled { "scheduled" } else { "in_force" }.into();
+        shown
+    });
+    let rows = rows.collect();
     let mut answer = view::list(rows, i64::MAX);
     answer["has_more"] = has_more.into();
     Ok(answer)
@@ -128,34 +140,28 @@ fn set(book: &mut Book<'_>, call: &Call) -> Result<Value, AdminError> {
     }
     let model = ModelId::new(call.needed("model")?);
     let spec = PriceSpec { model, tenant, rates, billing, from_ns, until_ns, origin: "api" };
-    put(book, call, &spec)
+    Ok(put(book, &call.authority.actor(), &spec)?)
 }
 
-fn put(book: &mut Book<'_>, call: &Call, spec: &PriceSpec) -> Result<Value, AdminError> {
-    let now_ns = book.now_ns();
+fn put(book: &mut Book<'_>, actor: &str, spec: &PriceSpec) -> Result<Value, DbError> {
     let old = book.price_last_set(&spec.model, spec.tenant.as_ref())?;
     book.set_price(spec)?;
     let new = book.price_last_set(&spec.model, spec.tenant.as_ref())?;
-    let show = |row| view::price(row, now_ns);
-    let old = old.as_ref().map(show).unwrap_or_default();
-    let new = new.as_ref().map(show).unwrap_or_default();
-    call.audit(book, "price.set", &format!("price:{}", spec.model), &old, &new)?;
+    let old = old.as_ref().map(view::price).unwrap_or_default();
+    let new = new.as_ref().map(view::price).unwrap_or_default();
+    audit(book, actor, "price.set", &format!("price:{}", spec.model), &old, &new)?;
     Ok(new)
 }
 
 /// Sets a price of the configuration file unless it is the last one that was set. Whether it was set.
-pub fn set_from_file(
-    book: &mut Book<'_>,
-    call: &Call,
-    spec: &PriceSpec,
-) -> Result<bool, AdminError> {
+pub fn set_from_file(book: &mut Book<'_>, spec: &PriceSpec) -> Result<bool, DbError> {
     let last = book.price_last_set(&spec.model, spec.tenant.as_ref())?;
     let same = last.is_some_and(|last| {
         let for_good = last.from_ns <= book.now_ns() && last.until_ns.is_none();
         for_good && last.rates == spec.rates && last.billing == spec.billing
     });
     if !same {
-        put(book, call, spec)?;
+        put(book, FILE, spec)?;
     }
     Ok(!same)
 }

@@ -112,20 +112,15 @@ pub fn billing(billing: Billing) -> &'static str {
     }
 }
 
-pub fn price(row: &PriceRow, now_ns: i64) -> Value {
+pub fn price(row: &PriceRow) -> Value {
     let rates = &row.rates;
-    let state = match (row.from_ns > now_ns, row.until_ns.is_some_and(|end| end <= now_ns)) {
-        (true, _) => "scheduled",
-        (_, true) => "ended",
-        _ => "begun",
-    };
     json!({
         "object": "price", "version": row.version, "model": row.model.as_str(),
         "tenant": row.tenant.as_ref().map(|tenant| tenant.as_str()),
         "input_usd": usd::format(rates.input), "cached_input_usd": usd::format(rates.cached_input),
         "output_usd": usd::format(rates.output), "request_usd": usd::format(rates.request),
         "gpu_second_usd": usd::format(rates.device_second), "billing": billing(row.billing),
-        "state": state, "from": seconds(row.from_ns), "until": row.until_ns.map(seconds),
+        "from": seconds(row.from_ns), "until": row.until_ns.map(seconds),
         "origin": row.origin, "created_at": seconds(row.created_ns),
     })
 }

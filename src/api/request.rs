@@ -125,6 +125,10 @@ impl Body {
         if user.len() > USER_BYTES_MAX {
             return Err(wrong("user", &format!("at most {USER_BYTES_MAX} bytes")));
         }
+        if user.contains('\0') {
+            // PostgreSQL has no text with it.
+            return Err(wrong("user", "text without NUL"));
+        }
         let metadata = self.get("metadata").map_or_else(|| "{}".to_owned(), Value::to_string);
         Ok((user.to_owned(), metadata))
     }

@@ -10,10 +10,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 
-use super::open_ledger::{FILE, lock};
+use super::open_ledger::{FILE, lock, open_db};
 use crate::{
     clock::Clock,
-    config::{LedgerPlace, Settings},
+    config::{LedgerPlace, Secret, Settings},
     ledger::{
         book::{Problem, inspect},
         db::Sqlite,
@@ -31,6 +31,9 @@ pub struct LedgerArgs {
     /// Where the ledger is kept [default: ~/.local/share/candela]
     #[arg(long, global = true, env = "CANDELA_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// PostgreSQL URL of the ledger, in place of a directory (better given in the environment)
+    #[arg(long, global = true, env = "CANDELA_LEDGER", hide_env_values = true, value_name = "URL")]
+    ledger: Option<Secret>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -53,8 +56,25 @@ enum Action {
 
 /// 0 where all is well, 1 where a sum does not hold or the command failed.
 pub fn ledger(args: LedgerArgs) -> Result<ExitCode> {
-    let settings = Settings { config: args.config, data_dir: args.data_dir, ..Settings::default() };
-    let LedgerPlace::Directory(dir) = LedgerPlace::load(settings)?;
+    let settings = Settings {
+        config: args.config,
+        data_dir: args.data_dir,
+        ledger: args.ledger,
+        ..Settings::default()
+    };
+    let place = LedgerPlace::load(settings)?;
+    let dir = match (&place, &args.action) {
+        (LedgerPlace::Directory(dir), _) => dir.clone(),
+        (LedgerPlace::Postgres(_), Action::Verify { file: Some(file) }) => return verify(file),
+        (LedgerPlace::Postgres(_), Action::Verify { file: None }) => {
+            return verify_database(&place);
+        }
+        (LedgerPlace::Postgres(_), _) => {
+            bail!(
+                "the ledger is in PostgreSQL: back it up with pg_dump, restore it with pg_restore"
+            )
+        }
+    };
     match args.action {
         Action::Verify { file } => verify(&file.unwrap_or_else(|| dir.join(FILE))),
         Action::Backup { file } => backup(&dir.join(FILE), &file),
@@ -63,15 +83,27 @@ pub fn ledger(args: LedgerArgs) -> Result<ExitCode> {
 }
 
 fn verify(path: &Path) -> Result<ExitCode> {
-    let problems = problems(path)?;
-    for problem in &problems {
+    report(&path.display().to_string(), &problems(path)?)
+}
+
+fn verify_database(place: &LedgerPlace) -> Result<ExitCode> {
+    let mut db = open_db(place)?;
+    let found = version(&mut *db).context("the database has no ledger")?;
+    if found != SCHEMA_VERSION {
+        bail!("the ledger has schema version {found}, this candela knows {SCHEMA_VERSION}");
+    }
+    report("the database", &inspect(&mut *db, |book| book.verify())?)
+}
+
+fn report(what: &str, problems: &[Problem]) -> Result<ExitCode> {
+    for problem in problems {
         writeln!(std::io::stdout(), "{problem}")?;
     }
     if problems.is_empty() {
-        writeln!(std::io::stdout(), "{}: every sum holds", path.display())?;
+        writeln!(std::io::stdout(), "{what}: every sum holds")?;
         return Ok(ExitCode::SUCCESS);
     }
-    bail!("{}: {} problems", path.display(), problems.len())
+    bail!("{what}: {} problems", problems.len())
 }
 
 fn problems(path: &Path) -> Result<Vec<Problem>> {

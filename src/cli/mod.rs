@@ -10,13 +10,14 @@ pub mod machine;
 pub mod net;
 mod open_ledger;
 mod pull;
+mod reload;
 mod serve;
 
 use std::{io::Write, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::config::{Config, Settings};
+use crate::config::Settings;
 
 /// Self-hosted inference server with cost control built in.
 ///
@@ -105,7 +106,7 @@ pub fn run() -> ExitCode {
 
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Serve(settings) => serve::serve(Config::load(*settings)?),
+        Command::Serve(settings) => serve::serve(*settings),
         Command::Pull(args) => pull::pull(args),
         Command::Doctor(settings) => doctor::doctor(*settings),
         Command::Bench(args) => bench::bench(*args),

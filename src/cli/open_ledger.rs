@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+use super::reload::set_prices;
 use crate::{
     admission::LOCAL,
     clock::Clock,
@@ -15,7 +16,7 @@ use crate::{
     ledger::{
         Event, Ledger, LedgerOptions, Policy, Reader,
         book::{KeySpec, PriceSpec, Role, key_hash, transact},
-        db::{Db, Sqlite},
+        db::{Db, Postgres, Sqlite},
         lease::LeaseLimits,
         schema::migrate,
         thread::LedgerThread,
@@ -47,6 +48,7 @@ pub fn open(config: &Config, model: &ModelId, prices: Option<Prices>) -> Result<
     let clock = Clock::system();
     let lock = match &config.ledger {
         LedgerPlace::Directory(dir) => Some(lock(dir)?),
+        LedgerPlace::Postgres(_) => None,
     };
     let mut db = open_db(&config.ledger)?;
     migrate(&mut *db)?;
@@ -71,6 +73,9 @@ pub fn open(config: &Config, model: &ModelId, prices: Option<Prices>) -> Result<
 pub fn open_db(place: &LedgerPlace) -> Result<Box<dyn Db>> {
     match place {
         LedgerPlace::Directory(dir) => open_file(dir, Clock::system()),
+        LedgerPlace::Postgres(url) => {
+            Ok(Box::new(Postgres::connect(url.reveal(), Clock::system())?))
+        }
     }
 }
 
@@ -119,6 +124,7 @@ fn set_up(db: &mut dyn Db, config: &Config, model: &ModelId, prices: Option<Pric
                 })?;
             }
         }
+        set_prices(book, &config.prices)?;
         if book.terms(&local, model)?.is_none() {
             let price = first_price(model, prices, &local);
             book.set_price(&price)?;

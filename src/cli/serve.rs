@@ -9,12 +9,13 @@ use super::{
     logging, machine,
     net::{self, DrainHooks, Stopped},
     open_ledger, pull,
+    reload::{hangups, reload},
 };
 use crate::{
     admission::{Anonymous, Door},
     api::{AppState, ServedModel, router},
     clock::Clock,
-    config::{Config, KvCacheDtype},
+    config::{Config, KvCacheDtype, Settings},
     engine::EngineHandle,
     price::Prices,
     registry::{BarProgress, DEFAULT_MODEL, Registry},
@@ -28,7 +29,8 @@ const CALIBRATION: Duration = Duration::from_secs(1);
 const ENGINE_CHECK: Duration = Duration::from_millis(200);
 
 /// Serves until SIGTERM or SIGINT, or until the engine fails.
-pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
+pub fn serve(settings: Settings) -> anyhow::Result<ExitCode> {
+    let config = Config::load(settings.clone())?;
     logging::init(config.log_format)?;
     if let Some(file) = &config.file {
         tracing::info!(file = %file.display(), "configuration read");
@@ -73,6 +75,11 @@ pub fn serve(config: Config) -> anyhow::Result<ExitCode> {
             .map_or(u32::MAX, |max| u32::try_from(max).unwrap_or(u32::MAX)),
         metrics: Arc::new(Metrics::new(model_name.as_str())?),
     };
+    // Without a file there is nothing to read again, and a closed terminal ends the server.
+    if config.file.is_some() {
+        let _entered = runtime.enter();
+        tokio::spawn(reload(hangups()?, settings, books.clone()));
+    }
     let stopped = runtime.block_on(listen(&config, listener, state))?;
     if stopped == Stopped::AtOnce {
         std::process::exit(1);

@@ -47,7 +47,12 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
         let key = key_of(source);
         // toml's own report quotes the line, which may hold the API key: only its message is kept.
         let message = match nearest(&key) {
-            Some(known) if !Settings::KEYS.contains(&key.as_str()) => {
+            // Only at the top level are the keys those of the settings.
+            Some(known)
+                if !Settings::KEYS.contains(&key.as_str())
+                    && error.message().starts_with("unknown field")
+                    && !text[..start].contains("[[") =>
+            {
                 format!("no such key; did you mean `{known}`?")
             }
             _ => error.message().replace('\n', " "),

@@ -2,6 +2,7 @@
 
 mod file;
 mod limits;
+mod price;
 mod settings;
 mod validate;
 mod value;
@@ -9,6 +10,7 @@ mod value;
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 pub use limits::*;
+pub use price::FilePrice;
 pub use settings::Settings;
 pub use value::{ByteSize, ConfigError, Device, KvCacheDtype, LogFormat, Secret};
 
@@ -32,6 +34,8 @@ pub struct Sources {
 pub enum LedgerPlace {
     /// A SQLite file in a directory.
     Directory(PathBuf),
+    /// A PostgreSQL database, by its URL, which may hold a password.
+    Postgres(Secret),
 }
 
 impl LedgerPlace {
@@ -54,6 +58,8 @@ pub struct Config {
 
     pub ledger: LedgerPlace,
     pub lease_outstanding_tokens_max: usize,
+    /// Set into the price book at the start and at SIGHUP.
+    pub prices: Vec<FilePrice>,
 
     pub host: IpAddr,
     pub port: u16,

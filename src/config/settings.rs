@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, builder::BoolishValueParser};
 use serde::Deserialize;
 
+use super::FilePrice;
 use super::value::{ByteSize, Device, KvCacheDtype, LogFormat, Secret};
 
 /// Declares the settings, once, with the rule that the first source that names one wins.
@@ -66,13 +67,21 @@ settings! {
     #[arg(long, env = "CANDELA_PIP", value_name = "COMMAND", help_heading = "Models")]
     pip: String,
 
-    /// Where the ledger is kept [default: ~/.local/share/candela]
+    /// Where the ledger is kept, in a SQLite file [default: ~/.local/share/candela]
     #[arg(long, env = "CANDELA_DATA_DIR", value_name = "DIR", help_heading = "Money")]
     data_dir: PathBuf,
+    /// PostgreSQL instead, for several servers on one budget: postgres://user:password@host/database
+    /// (better given in the environment: other users can see flags)
+    #[arg(long, env = "CANDELA_LEDGER", hide_env_values = true, value_name = "URL", help_heading = "Money")]
+    ledger: Secret,
     /// Output tokens of a sequence that may be delivered before they are on record: what a crash may
     /// cost [default: 256]
     #[arg(long, env = "CANDELA_LEASE_OUTSTANDING_TOKENS_MAX", value_name = "TOKENS", help_heading = "Money")]
     lease_outstanding_tokens_max: u64,
+
+    /// Prices; `[[price]]` of the file alone
+    #[arg(skip)]
+    price: Vec<FilePrice>,
 
     /// Address to listen on; any but a loopback address needs --api-key [default: 127.0.0.1]
     #[arg(long, env = "CANDELA_HOST", value_name = "IP", help_heading = "Server")]

@@ -38,6 +38,7 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
             LEASE_OUTSTANDING_TOKENS_MAX,
             1..=COUNT_LIMIT,
         )?,
+        prices: settings.price.unwrap_or_default(),
         host,
         port: settings.port.unwrap_or(PORT),
         api_key: settings.api_key,
@@ -140,6 +141,15 @@ fn user_dir(variable: &str, below_home: &str) -> Option<PathBuf> {
 }
 
 pub fn ledger(settings: &Settings) -> Result<LedgerPlace, ConfigError> {
+    if let Some(url) = &settings.ledger {
+        let schemes = ["postgres://", "postgresql://"];
+        if !schemes.iter().any(|scheme| url.reveal().starts_with(scheme)) {
+            let message = "must be a URL such as postgres://user:password@host/database; for a \
+                 SQLite file leave it out and set data_dir";
+            return Err(ConfigError::Value { setting: "ledger", message: message.to_string() });
+        }
+        return Ok(LedgerPlace::Postgres(url.clone()));
+    }
     let default = || Some(user_dir("XDG_DATA_HOME", ".local/share")?.join("candela"));
     let dir = settings.data_dir.clone().or_else(default).ok_or_else(|| ConfigError::Value {
         setting: "data_dir",

@@ -76,6 +76,12 @@ impl Shared {
         self.pending.store(false, Ordering::Release);
     }
 
+    /// The ledger gave the request up: others may hold its money by now.
+    pub(super) fn lose(&self) {
+        self.granted.store(0, Ordering::Release);
+        self.deny(Some(Denial::Lost));
+    }
+
     /// There was no answer; it is asked for again.
     pub(super) fn unanswered(&self) {
         self.silent.store(true, Ordering::Release);

@@ -96,7 +96,7 @@ pub const COUNTERS: [&str; 6] = ["transfer", "price", "audit", "event", "revisio
 
 /// Brings a database to [`SCHEMA_VERSION`]; refuses one from a newer program.
 pub fn migrate(db: &mut dyn Db) -> Result<(), DbError> {
-    db.batch("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BIGINT NOT NULL)")?;
+    // Within the transaction, for servers that start at the same time take their turns in it.
     db.begin()?;
     let moved = steps(db);
     match moved {
@@ -115,6 +115,7 @@ pub fn version(db: &mut dyn Db) -> Result<i64, DbError> {
 }
 
 fn steps(db: &mut dyn Db) -> Result<(), DbError> {
+    db.batch("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BIGINT NOT NULL)")?;
     let version = version(db)?;
     if !(0..=SCHEMA_VERSION).contains(&version) {
         return Err(DbError::Unusable(format!(

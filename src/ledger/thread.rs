@@ -33,11 +33,14 @@ use crate::{
 const GROUP_MAX: usize = 256;
 /// Requests that may wait for admission.
 const OPENINGS_MAX: usize = 4096;
-/// How often a server says that it lives and looks for others that do not.
+/// How often a server says that it lives and looks for others that do not, at least.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Words a server has until its leases end, so that one that is lost does not end them.
+const HEARTBEATS_PER_LIFE: u32 = 4;
 /// How long jobs that must happen wait before the next try, once the database has failed.
 const RETRY: Duration = Duration::from_millis(200);
-
+/// How often a database that fails is spoken of.
+const OUTAGE_SAID: Duration = Duration::from_secs(10);
 /// How long a client waits for a bill that cannot be written.
 const BILL_WAIT_MAX: Duration = Duration::from_secs(5);
 
@@ -111,6 +114,8 @@ enum Job {
         shared: Arc<Shared>,
     },
     Close(Box<Closing>),
+    /// A request that may have been admitted, and whose client was told that it was not.
+    Forget(RequestId),
     Stop,
 }
 
@@ -170,6 +175,7 @@ impl Ledger {
             watched: HashMap::new(),
             revision: -1,
             unsettled: VecDeque::new(),
+            outage: None,
             on_event: Box::new(on_event),
         };
         desk.join()?;
@@ -249,7 +255,15 @@ struct Desk {
     revision: i64,
     /// Jobs that must happen and could not yet.
     unsettled: VecDeque<Job>,
+    outage: Option<Outage>,
     on_event: Box<dyn Fn(&Event) + Send>,
+}
+
+/// A time in which the database fails.
+struct Outage {
+    since_ns: u64,
+    say_ns: u64,
+    jobs: usize,
 }
 
 impl Desk {
@@ -269,9 +283,14 @@ impl Desk {
         Ok(())
     }
 
+    /// How long leases may be used after the last word to the database.
+    fn life(&self) -> Duration {
+        self.options.replica_ttl.saturating_sub(self.options.clock_error_max)
+    }
+
     /// Leases may be used until the database's clock could give this server up.
     fn extend_validity(&self, asked_ns: u64) {
-        let span = self.options.replica_ttl.saturating_sub(self.options.clock_error_max);
+        let span = self.life();
         let until_ns = match self.options.exclusive {
             true => u64::MAX,
             false => asked_ns.saturating_add(span.as_nanos() as u64),
@@ -280,10 +299,13 @@ impl Desk {
     }
 
     fn run(&mut self, jobs: &Receiver<Job>) {
+        let beat_every = HEARTBEAT.min(self.life() / HEARTBEATS_PER_LIFE);
         let mut beat_ns = self.clock.now_ns();
         let mut stopping = false;
         while !stopping {
-            let wait = if self.unsettled.is_empty() { HEARTBEAT } else { RETRY };
+            let since = Duration::from_nanos(self.clock.now_ns().saturating_sub(beat_ns));
+            let due = beat_every.saturating_sub(since);
+            let wait = if self.unsettled.is_empty() { due } else { due.min(RETRY) };
             let mut group: Vec<Job> = self.unsettled.drain(..).collect();
             match jobs.recv_timeout(wait) {
                 Ok(job) => group.push(job),
@@ -298,7 +320,7 @@ impl Desk {
             stopping |= group.iter().any(|job| matches!(job, Job::Stop));
             self.settle(group);
             let now_ns = self.clock.now_ns();
-            if now_ns.saturating_sub(beat_ns) >= HEARTBEAT.as_nanos() as u64 {
+            if now_ns.saturating_sub(beat_ns) >= beat_every.as_nanos() as u64 {
                 beat_ns = now_ns;
                 self.beat();
             }
@@ -315,10 +337,7 @@ impl Desk {
         }
         match self.attempt(&mut group) {
             Ok(answers) => self.answer(group, answers),
-            Err(error)
-                if group.len() > 1
-                    && !matches!(error, DbError::Unavailable(_) | DbError::Locked(_)) =>
-            {
+            Err(error) if group.len() > 1 && error.is_of_one_job() => {
                 for job in group {
                     let mut alone = vec![job];
                     match self.attempt(&mut alone) {
@@ -332,14 +351,18 @@ impl Desk {
     }
 
     fn attempt(&mut self, group: &mut [Job]) -> Result<Vec<Answer>, DbError> {
-        let (watched, seen, replica) = (&self.watched, self.revision, &self.options.replica);
-        let ((answers, revoked, revision), events) = transact(&mut *self.db, |book| {
-            let answers = group.iter_mut().map(|job| perform(book, job, replica));
+        let (watched, seen, options) = (&self.watched, self.revision, &self.options);
+        let asked_ns = self.clock.now_ns();
+        let ((answers, revoked, revision, known), events) = transact(&mut *self.db, |book| {
+            // A hold must belong to a server that others know of, or nobody would give it back.
+            let known = options.exclusive || present(book, options)?;
+            let answers = group.iter_mut().map(|job| perform(book, job, &options.replica));
             let answers = answers.collect::<Result<Vec<_>, _>>()?;
             let revision = book.revision();
             let revoked = if revision == seen { Vec::new() } else { revoked(book, watched)? };
-            Ok((answers, revoked, revision))
+            Ok((answers, revoked, revision, known))
         })?;
+        self.heard(asked_ns, known);
         self.revision = revision;
         revoked.iter().for_each(|shared| shared.revoke());
         events.iter().for_each(|event| (self.on_event)(event));
@@ -357,7 +380,7 @@ impl Desk {
             match (job, answer) {
                 (Job::Run { done, .. }, _) => done(Ok(())),
                 (Job::Open { opening, reply }, Answer::Opened(opened)) => {
-                    let lease = opened.map(|opened| self.lease(opening.request, opened));
+                    let lease = (*opened).map(|opened| self.lease(opening.request, opened));
                     // Where the client has left meanwhile, dropping the lease closes the request.
                     let _ = reply.send(lease.map_err(LedgerError::Refused));
                 }
@@ -384,15 +407,23 @@ impl Desk {
 
     /// Nothing of `group` happened.
     fn failed(&mut self, group: Vec<Job>, error: &DbError) {
-        tracing::error!(%error, jobs = group.len(), "the ledger could not be written");
+        if error.is_of_one_job() {
+            tracing::error!(%error, jobs = group.len(), "the ledger did not take a job");
+        } else {
+            self.down(error, group.len());
+        }
         for job in group {
             match job {
                 Job::Run { done, .. } => done(Err(error.to_string())),
-                Job::Open { reply, .. } => {
+                Job::Open { opening, reply } => {
+                    if matches!(error, DbError::Uncertain(_)) {
+                        self.unsettled.push_back(Job::Forget(opening.request.clone()));
+                    }
                     let _ = reply.send(Err(LedgerError::Unavailable(error.to_string())));
                 }
                 Job::Extend { shared, .. } => shared.unanswered(),
                 Job::Close(closing) => self.keep(closing),
+                Job::Forget(_) => self.unsettled.push_back(job),
                 Job::Stop => {}
             }
         }
@@ -413,14 +444,10 @@ impl Desk {
     /// Says that this server lives, gives up those that do not, and hears of revocations.
     fn beat(&mut self) {
         let options = self.options.clone();
-        let ttl_ns = options.replica_ttl.as_nanos() as i64;
         let asked_ns = self.clock.now_ns();
         let (watched, seen) = (&self.watched, self.revision);
         let beaten = transact(&mut *self.db, |book| {
-            let known = book.heartbeat(&options.replica, ttl_ns)?;
-            if !known {
-                book.join(&options.replica, &options.name, ttl_ns)?;
-            }
+            let known = present(book, &options)?;
             for replica in book.expired_replicas(0)? {
                 if replica != options.replica {
                     book.recover(&replica)?;
@@ -428,18 +455,45 @@ impl Desk {
             }
             let revision = book.revision();
             let revoked = if revision == seen { Vec::new() } else { revoked(book, watched)? };
-            Ok((revoked, revision))
+            Ok((revoked, revision, known))
         });
         match beaten {
-            Ok(((revoked, revision), events)) => {
+            Ok(((revoked, revision, known), events)) => {
+                self.heard(asked_ns, known);
                 self.revision = revision;
-                self.extend_validity(asked_ns);
                 revoked.iter().for_each(|shared| shared.revoke());
                 events.iter().for_each(|event| (self.on_event)(event));
             }
-            Err(error) => tracing::warn!(%error, "the ledger does not answer"),
+            Err(error) => self.down(&error, 0),
         }
         self.watched.retain(|_, (_, shared)| shared.strong_count() > 0);
+    }
+
+    /// The database answered a word of `asked_ns`. Where it did not know this server any more, the
+    /// leases of before are not valid again: their holds were given back.
+    fn heard(&mut self, asked_ns: u64, known: bool) {
+        if let Some(outage) = self.outage.take() {
+            let seconds = self.clock.now_ns().saturating_sub(outage.since_ns) / 1_000_000_000;
+            tracing::info!(seconds, jobs = outage.jobs, "the ledger is written again");
+        }
+        if !known {
+            tracing::error!("the ledger had given this server up: its running requests end");
+            let leases = self.watched.values().filter_map(|(_, shared)| shared.upgrade());
+            leases.for_each(|shared| shared.lose());
+        }
+        self.extend_validity(asked_ns);
+    }
+
+    /// Says that the database fails, at first and then now and then.
+    fn down(&mut self, error: &DbError, jobs: usize) {
+        let now_ns = self.clock.now_ns();
+        let begun = || Outage { since_ns: now_ns, say_ns: now_ns, jobs: 0 };
+        let outage = self.outage.get_or_insert_with(begun);
+        outage.jobs += jobs;
+        if now_ns >= outage.say_ns {
+            outage.say_ns = now_ns.saturating_add(OUTAGE_SAID.as_nanos() as u64);
+            tracing::error!(%error, jobs = outage.jobs, "the ledger could not be written");
+        }
     }
 
     /// Closes what is still to be closed and signs off.
@@ -453,25 +507,45 @@ impl Desk {
     }
 }
 
+/// Says that this server lives. False where the database did not know it any more.
+fn present(book: &mut Book<'_>, options: &LedgerOptions) -> Result<bool, DbError> {
+    let ttl_ns = options.replica_ttl.as_nanos() as i64;
+    let known = book.heartbeat(&options.replica, ttl_ns)?;
+    if !known {
+        book.join(&options.replica, &options.name, ttl_ns)?;
+    }
+    Ok(known)
+}
+
 /// What a job led to, to be told once it is durable.
 enum Answer {
     None,
-    Opened(Result<Opened, Refusal>),
+    Opened(Box<Result<Opened, Refusal>>),
     Grant(Grant),
     Bill(Option<Bill>),
 }
 
 fn perform(book: &mut Book<'_>, job: &mut Job, replica: &str) -> Result<Answer, DbError> {
     Ok(match job {
-        Job::Open { opening, .. } => Answer::Opened(book.open(opening, replica)?),
+        Job::Open { opening, .. } => Answer::Opened(Box::new(book.open(opening, replica)?)),
         Job::Run { work, .. } => {
             work(book)?;
             Answer::None
         }
         Job::Extend { asked, .. } => Answer::Grant(book.extend(asked)?),
         Job::Close(closing) => {
-            let Closing { request, counted, cause, .. } = &**closing;
-            Answer::Bill(book.close(request, &counted.used, *cause, counted.steps)?)
+            let Closing { request, counted, cause, since_ns, .. } = &**closing;
+            let bill = book.close(request, &counted.used, *cause, counted.steps)?;
+            // An earlier try may have been done although its answer was lost.
+            let bill = match bill {
+                None if since_ns.is_some() => book.settled(request)?,
+                bill => bill,
+            };
+            Answer::Bill(bill)
+        }
+        Job::Forget(request) => {
+            book.forget(request)?;
+            Answer::None
         }
         Job::Stop => Answer::None,
     })

@@ -12,12 +12,13 @@ pub(super) fn apportion<K: Ord>(total: u64, weights: &[(u64, K)]) -> Vec<u64> {
     let mut parts = Vec::with_capacity(weights.len());
     let mut remainders = Vec::with_capacity(weights.len());
     for (index, (weight, tie)) in weights.iter().enumerate() {
-        let exact = u128::from(total) * u128::from(if equal { 1 } else { *weight });
-        parts.push((exact / sum) as u64);
-        remainders.push((Reverse(exact % sum), tie, index));
+        let weight = if equal { 1 } else { *weight };
+        let (part, remainder) = exact_share(total, weight, sum);
+        parts.push(part);
+        remainders.push((Reverse(remainder), tie, index));
     }
+    // Fewer than one whole is left for each part, so this many are in range.
     let left = total.saturating_sub(parts.iter().sum()) as usize;
-    // Fewer than one whole is left for each part, so `left < len` and this is in range.
     if left > 0 && left < remainders.len() {
         remainders.select_nth_unstable(left);
     }
@@ -25,6 +26,18 @@ pub(super) fn apportion<K: Ord>(total: u64, weights: &[(u64, K)]) -> Vec<u64> {
         parts[*index] += 1;
     }
     parts
+}
+
+/// `total * weight / sum` and what remains. In 64 bits where that is enough, as it is at every
+/// step: a division of 128 bits takes several times as long.
+fn exact_share(total: u64, weight: u64, sum: u128) -> (u64, u128) {
+    match (total.checked_mul(weight), u64::try_from(sum)) {
+        (Some(exact), Ok(sum)) => (exact / sum, (exact % sum).into()),
+        _ => {
+            let exact = u128::from(total) * u128::from(weight);
+            ((exact / sum) as u64, exact % sum)
+        }
+    }
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ const MAD_TO_SIGMA: f64 = 1.4826;
 const SPREAD_MIN: f64 = 1e-3;
 /// The pull towards the prior: far below the noise, but enough to decide what the samples do not,
 /// such as the cost of prefill when none was timed.
-const PRIOR_PULL: f64 = 1e-7;
+const PRIOR_PULL: f64 = 1e-9;
 
 /// One timed step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -85,7 +85,7 @@ impl Powers {
     ) {
         if busy_ns == 0 && after_idle {
             follow(&mut self.idle_mw, power_mw(all_uj, wall_ns));
-        } else if busy_ns >= wall_ns / BUSY_SHARE_MIN {
+        } else if busy_ns > wall_ns / BUSY_SHARE_MIN {
             follow(&mut self.busy_mw, power_mw(busy_uj, busy_ns));
         }
     }

@@ -4,8 +4,9 @@ use crate::types::SeqId;
 
 use super::{Coefficients, Load, Overhead, SeqWork, StepWork, apportion::apportion};
 
-/// The largest weight of a step, as an integer: 40 bits resolve a millionth of a millionth.
-const WEIGHT_MAX: f64 = (1u64 << 40) as f64;
+/// The largest weight of a step, as an integer: a billionth is resolved, and times the nanoseconds
+/// of a step of seconds it fits 64 bits.
+const WEIGHT_MAX: f64 = (1u64 << 30) as f64;
 
 /// What one sequence used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,30 +43,36 @@ impl Split {
 
 /// Divides `device_ns` in proportion to `w = fixed / n + a * new + b * kv + c * qk`. A sequence's
 /// part of `fixed` follows its rows; padding has none. The shares sum to `device_ns` exactly and
-/// do not depend on the order of the sequences (largest remainder, ties to the smallest id). Time
-/// of a step without a row is padding.
+/// do not depend on the order of the sequences (largest remainder; ties to padding, then to the
+/// smallest id). Time of a step without a row is padding.
 pub fn split(coefficients: &Coefficients, step: &StepWork, device_ns: u64) -> Split {
     let padding = Load { new_tokens: step.padding_tokens, ..Load::default() };
-    let mut parts = Vec::with_capacity(1 + 3 * step.seqs.len());
-    parts.push(Part { weight: coefficients.load_ns(&padding), load: padding, tie: (u64::MAX, 0) });
+    let mut parts = vec![Part { weight: coefficients.load_ns(&padding), load: padding, of: None }];
     let working = step.seqs.iter().filter(|work| !work.load().is_empty()).count();
     let fixed_ns = coefficients.fixed_ns() / working.max(1) as f64;
-    for work in &step.seqs {
+    for (index, work) in step.seqs.iter().enumerate() {
         let rows = work.load().new_tokens.max(1) as f64;
-        for (kind, load) in [work.useful, work.recomputed, work.discarded].into_iter().enumerate() {
+        let kinds = [work.useful, work.recomputed, work.discarded];
+        for (kind, load) in kinds.into_iter().enumerate().filter(|(_, load)| !load.is_empty()) {
             let weight = fixed_ns * load.new_tokens as f64 / rows + coefficients.load_ns(&load);
-            parts.push(Part { weight, load, tie: (work.seq.0, kind) });
+            parts.push(Part { weight, load, of: Some((work.seq, kind, index)) });
         }
     }
-    let times_ns = apportion(device_ns, &whole_weights(&parts));
-    let share = |(work, times_ns): (&SeqWork, &[u64])| SeqShare {
+    let mut times_ns = vec![[0; 3]; step.seqs.len()];
+    let mut padding_ns = 0;
+    for (part, ns) in parts.iter().zip(apportion(device_ns, &whole_weights(&parts))) {
+        match part.of {
+            Some((_, kind, index)) => times_ns[index][kind] = ns,
+            None => padding_ns = ns,
+        }
+    }
+    let share = |(work, [useful_ns, recomputed_ns, discarded_ns]): (&SeqWork, [u64; 3])| SeqShare {
         seq: work.seq,
-        useful_ns: times_ns[0],
-        recomputed_ns: times_ns[1],
-        discarded_ns: times_ns[2],
+        useful_ns,
+        recomputed_ns,
+        discarded_ns,
     };
-    let seqs = step.seqs.iter().zip(times_ns[1..].chunks_exact(3)).map(share).collect();
-    let split = Split { seqs, padding_ns: times_ns[0] };
+    let split = Split { seqs: step.seqs.iter().zip(times_ns).map(share).collect(), padding_ns };
     assert_eq!(split.total_ns(), device_ns, "a split loses and makes nothing");
     split
 }
@@ -74,25 +81,29 @@ pub fn split(coefficients: &Coefficients, step: &StepWork, device_ns: u64) -> Sp
 struct Part {
     weight: f64,
     load: Load,
-    tie: (u64, usize),
+    of: PartOf,
 }
 
+/// The sequence, the kind of its work, and its place in the step; `None` is padding.
+type PartOf = Option<(SeqId, usize, usize)>;
+
 /// Weights as integers, the largest at [`WEIGHT_MAX`]; rows where the coefficients say nothing.
-/// Each depends on the others through the largest alone, hence not on their order.
-fn whole_weights(parts: &[Part]) -> Vec<(u64, (u64, usize))> {
+/// Each depends on the others through the largest alone, hence not on their order. With them what
+/// decides a tie, padding first.
+fn whole_weights(parts: &[Part]) -> Vec<(u64, PartOf)> {
     let largest = parts.iter().map(|part| part.weight).fold(0.0, f64::max);
     let no_rows = parts.iter().all(|part| part.load.new_tokens == 0);
-    let whole = |(index, part): (usize, &Part)| {
+    let whole = |part: &Part| {
         let weight = if no_rows {
-            u64::from(index == 0)
+            u64::from(part.of.is_none())
         } else if largest > 0.0 {
             (part.weight / largest * WEIGHT_MAX).round() as u64
         } else {
             part.load.new_tokens
         };
-        (weight, part.tie)
+        (weight, part.of)
     };
-    parts.iter().enumerate().map(whole).collect()
+    parts.iter().map(whole).collect()
 }
 
 #[cfg(test)]

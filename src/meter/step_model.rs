@@ -16,8 +16,8 @@ const CALIBRATION_STEPS: f64 = 64.0;
 const FALLBACK_STEPS: f64 = 0.1;
 /// A step pulls no harder than one that is off by this many spreads.
 const CLIP_SPREADS: f64 = 4.0;
-/// How fast the spread follows, in steps.
-const SPREAD_STEPS: f64 = 64.0;
+/// How fast the spread and the slowness follow, in steps.
+const FOLLOW_STEPS: f64 = 64.0;
 /// Relative error assumed before any is known, and the least ever assumed.
 const SPREAD_START: f64 = 0.2;
 const SPREAD_MIN: f64 = 0.002;
@@ -29,6 +29,9 @@ pub struct StepModel {
     /// What the fit is pulled towards, and how much one step's worth of pull weighs.
     centre: Coefficients,
     precision: [f64; TERMS],
+    /// How much longer steps take now than the centre says, over all: clocks go up and down, and
+    /// every term with them.
+    slowness: f64,
     /// Steps seen since the centre was set, fading.
     seen: NormalEquations,
     /// Mean of the (clipped) relative error.
@@ -46,6 +49,7 @@ impl StepModel {
             coefficients: fallback,
             centre: fallback,
             precision: fallback.terms_ns().map(worth),
+            slowness: 1.0,
             seen: NormalEquations::default(),
             spread: SPREAD_START,
             residuals: Default::default(),
@@ -63,6 +67,7 @@ impl StepModel {
         };
         self.precision = std::array::from_fn(worth);
         (self.coefficients, self.centre) = (coefficients, coefficients);
+        self.slowness = 1.0;
         self.seen = NormalEquations::default();
         self.residuals = Default::default();
         for sample in samples {
@@ -78,9 +83,10 @@ impl StepModel {
     }
 
     /// Learns from a step that ran: recursive least squares on relative errors, pulled towards the
-    /// calibration (a ridge), so that traffic which never tells two terms apart leaves them where
-    /// calibration put them. A wild step counts as one that is off by [`CLIP_SPREADS`] spreads; if
-    /// the device did change its speed, the spread grows and the model follows.
+    /// calibration (a ridge) at the device's present speed, so that traffic which never tells two
+    /// terms apart leaves their ratio where calibration put it. A wild step counts as one that is
+    /// off by [`CLIP_SPREADS`] spreads; if the device did change, the spread grows and the model
+    /// follows.
     pub fn observe(&mut self, step: &StepWork, device_ns: u64) {
         let load = step.load();
         let expected = self.expected(&load);
@@ -88,11 +94,15 @@ impl StepModel {
         self.residuals[kind(&load)].push(ratio);
         let limit = CLIP_SPREADS * self.spread;
         let error = (ratio - 1.0).clamp(-limit, limit);
-        self.spread += (error.abs() - self.spread) / SPREAD_STEPS;
+        self.spread += (error.abs() - self.spread) / FOLLOW_STEPS;
         self.spread = self.spread.max(SPREAD_MIN);
+        let measured = expected * (1.0 + error).max(0.0);
+        let slowness = measured / self.centre.step_ns(&load).max(1.0);
+        self.slowness += (slowness - self.slowness) / FOLLOW_STEPS;
         self.seen.fade(1.0 - 1.0 / MEMORY_STEPS);
-        self.seen.add(terms(&load), expected * (1.0 + error), expected.powi(-2));
-        let pulled = self.seen.with_ridge(self.centre.terms_ns(), self.precision);
+        self.seen.add(terms(&load), measured, expected.powi(-2));
+        let centre = self.centre.terms_ns().map(|term| self.slowness * term);
+        let pulled = self.seen.with_ridge(centre, self.precision);
         self.coefficients = Coefficients::clamped(pulled.solve_non_negative());
     }
 

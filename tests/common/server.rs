@@ -113,6 +113,15 @@ impl Server {
         self.process.try_wait().expect("waits").is_some()
     }
 
+    pub fn data_dir(&self) -> &std::path::Path {
+        self.data_dir.path()
+    }
+
+    /// Everything it has logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().expect("not poisoned").clone()
+    }
+
     pub fn id(&self) -> u32 {
         self.process.id()
     }

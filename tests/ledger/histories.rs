@@ -87,7 +87,7 @@ enum Step {
     Advance {
         seconds: u64,
     },
-    StepBack {
+    ClockBack {
         seconds: i64,
     },
     /// In the middle of an admission.
@@ -108,7 +108,7 @@ fn step() -> impl Strategy<Value = Step> {
         prop::option::weighted(0.2, (0u8..4, 0u8..2)),
     );
     let open = open.prop_map(|(payer, model, input, choices, cap, idempotency)| {
-        let model = if model < 9 { 0 } else { model - 9 };
+        let model = model.saturating_sub(9);
         Step::Open { payer, model, input, choices, cap, idempotency }
     });
     let seconds = prop_oneof![Just(0u64), 1u64..60, 600u64..7200, 40_000u64..200_000];
@@ -130,7 +130,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..TENANTS.len(), 1i128..50_000).prop_map(|(tenant, amount)| Step::Credit { tenant, amount }),
         1 => (any, 0i128..100_000).prop_map(|(which, amount)| Step::Refund { which, amount }),
         3 => seconds.prop_map(|seconds| Step::Advance { seconds }),
-        1 => (1i64..100_000).prop_map(|seconds| Step::StepBack { seconds }),
+        1 => (1i64..100_000).prop_map(|seconds| Step::ClockBack { seconds }),
         1 => Just(Step::Crash),
     ]
 }
@@ -245,7 +245,7 @@ impl History {
                 world.write(|book| book.set_price(&price(MODELS[model], rates)));
             }
             Step::Advance { seconds } => world.advance(seconds),
-            Step::StepBack { seconds } => {
+            Step::ClockBack { seconds } => {
                 let to_ns = (world.clock.unix_ns() - seconds * NS_PER_S).max(NS_PER_S);
                 world.clock.set_wall(to_ns);
             }

@@ -26,6 +26,15 @@ pub struct Place {
     /// Where the ledger is [default: as `candela serve`]
     #[arg(long, env = "CANDELA_DATA_DIR", value_name = "DIR", help_heading = "Ledger")]
     data_dir: Option<PathBuf>,
+    /// PostgreSQL URL of the ledger, in place of a directory (better given in the environment)
+    #[arg(
+        long,
+        env = "CANDELA_LEDGER",
+        hide_env_values = true,
+        value_name = "URL",
+        help_heading = "Ledger"
+    )]
+    ledger: Option<Secret>,
     /// Configuration file [default: candela.toml in the working directory, where there is one]
     #[arg(long, env = "CANDELA_CONFIG", value_name = "FILE", help_heading = "Ledger")]
     config: Option<PathBuf>,
@@ -58,8 +67,12 @@ impl Place {
             let key = key.and_then(|key| key.parse().ok());
             return Ok(Target { way: Way::Server { url, key, http }, json });
         }
-        let settings =
-            Settings { config: self.config, data_dir: self.data_dir, ..Settings::default() };
+        let settings = Settings {
+            config: self.config,
+            data_dir: self.data_dir,
+            ledger: self.ledger,
+            ..Settings::default()
+        };
         Ok(Target { way: Way::Ledger(LedgerPlace::load(settings)?), json })
     }
 }
@@ -139,9 +152,11 @@ impl Target {
 
 fn on_ledger(place: &LedgerPlace, route: &'static Route, given: Given) -> Result<Value> {
     given.check(route.fields)?;
-    let LedgerPlace::Directory(dir) = place;
-    // A mistyped directory must not look like an empty ledger.
-    if route.verb == Verb::Get && !dir.join(open_ledger::FILE).exists() {
+    // A mistyped directory must not look like an empty ledger. A database has to be made first.
+    if let LedgerPlace::Directory(dir) = place
+        && route.verb == Verb::Get
+        && !dir.join(open_ledger::FILE).exists()
+    {
         bail!("there is no ledger in {}: name its --data-dir, or --server", dir.display());
     }
     let mut db: Box<dyn Db> = open_db(place)?;

@@ -173,6 +173,15 @@ impl Book<'_> {
         self.one(sql, &[id.into()])?.map_or(Ok(0), |row| row.int(0))
     }
 
+    /// The bill of a request that was closed; `None` where it was given up.
+    pub fn settled(&mut self, id: &RequestId) -> Result<Option<Bill>, DbError> {
+        let sql = "SELECT id FROM request WHERE id = $1 AND state = 'done'";
+        match self.one(sql, &[id.as_str().into()])? {
+            Some(_) => self.bill(id),
+            None => Ok(None),
+        }
+    }
+
     /// What an ended request was charged.
     pub fn bill(&mut self, id: &RequestId) -> Result<Option<Bill>, DbError> {
         let row = self.one(

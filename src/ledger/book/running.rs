@@ -150,6 +150,13 @@ impl Book<'_> {
         self.bill(id)
     }
 
+    /// Voids a request whose admission was never told to anyone, so that nothing of it was delivered.
+    pub fn forget(&mut self, id: &RequestId) -> Result<(), DbError> {
+        let Some(request) = self.open_request(id)? else { return Ok(()) };
+        self.void(id, &request)?;
+        self.end_request(id, "done", EndCause::LedgerLost, 0, 0)
+    }
+
     /// Device time above what was held for it is the operator's.
     fn write_off(&mut self, id: &RequestId, request: &OpenRequest) -> Result<(), DbError> {
         let (rates, used) = (&request.terms.rates, &request.used);

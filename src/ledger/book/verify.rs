@@ -47,6 +47,9 @@ impl Findings {
 
 /// Posted and held.
 type Sums = (i64, i64);
+
+/// By their start.
+type Windows = BTreeMap<i64, Sums>;
 /// Spend of a slot of time, and what is held of it.
 type Slots = BTreeMap<i64, Sums>;
 
@@ -208,8 +211,8 @@ impl Book<'_> {
         Ok(())
     }
 
-    fn window_rows(&mut self) -> Result<HashMap<(String, String), BTreeMap<i64, Sums>>, DbError> {
-        let mut rows: HashMap<_, BTreeMap<i64, Sums>> = HashMap::new();
+    fn window_rows(&mut self) -> Result<HashMap<(String, String), Windows>, DbError> {
+        let mut rows: HashMap<_, Windows> = HashMap::new();
         let sql = "SELECT scope, span, start_s, posted, held FROM window_total";
         for row in self.query(sql, &[])? {
             let key = (row.text(0)?.to_owned(), row.text(1)?.to_owned());

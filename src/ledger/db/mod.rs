@@ -2,10 +2,12 @@
 //! part of SQL that SQLite and PostgreSQL share: `$1`, `$2` first appear in that order, integers are
 //! BIGINT, sums are cast back to it.
 
+pub mod postgres;
 mod sqlite;
 
 use thiserror::Error;
 
+pub use postgres::Postgres;
 pub use sqlite::Sqlite;
 
 /// A value of a row or a parameter.
@@ -27,12 +29,18 @@ pub enum DbError {
     /// Full disk, lost server, failed read: nothing of the transaction happened, trying again may help.
     #[error("the ledger's database is not available: {0}")]
     Unavailable(String),
+    /// The connection was lost while committing: all of the transaction happened, or nothing.
+    #[error("the ledger's database is not available: {0} (what was asked may have been done)")]
+    Uncertain(String),
     /// Another process holds it.
     #[error("the ledger is locked: {0}")]
     Locked(String),
     /// The file or schema is not one this version can use.
     #[error("{0}")]
     Unusable(String),
+    /// The database does not take this value or row; everything else goes on.
+    #[error("the ledger does not take this: {0}")]
+    Rejected(String),
     /// A row is not what this program writes.
     #[error("the ledger holds a row that it should not: {0}")]
     Corrupt(String),
@@ -57,6 +65,13 @@ pub trait Db: Send {
     fn batch(&mut self, sql: &str) -> Result<(), DbError>;
     /// Nanoseconds since 1970 by the clock that judges leases.
     fn now_ns(&mut self) -> Result<i64, DbError>;
+}
+
+impl DbError {
+    /// Whether one job's own data is the reason, so that the others of its group may go on.
+    pub fn is_of_one_job(&self) -> bool {
+        matches!(self, Self::Rejected(_) | Self::Corrupt(_))
+    }
 }
 
 impl Row {

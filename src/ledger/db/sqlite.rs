@@ -155,6 +155,7 @@ fn of(error: rusqlite::Error) -> DbError {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
             DbError::Locked(format!("another process writes to it ({error})"))
         }
+        Some(ErrorCode::ConstraintViolation) => DbError::Rejected(error.to_string()),
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => DbError::Unusable(format!(
             "this is no ledger, or a damaged one ({error}): restore a backup with `candela ledger restore`"
         )),
@@ -166,6 +167,7 @@ fn at(path: &Path, error: DbError) -> DbError {
     match error {
         DbError::Unavailable(what) => DbError::Unavailable(format!("{}: {what}", path.display())),
         DbError::Unusable(what) => DbError::Unusable(format!("{}: {what}", path.display())),
+        DbError::Locked(what) => DbError::Locked(format!("{}: {what}", path.display())),
         other => other,
     }
 }

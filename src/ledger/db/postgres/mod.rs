@@ -1,0 +1,353 @@
+//! PostgreSQL, for several servers on one budget.
+//!
+//! Every transaction that writes first takes one advisory lock, so that the writers of all servers follow one
+//! another and each sees what those before it committed. A lost connection is made anew when it is
+//! next needed, with a back-off. No call waits longer than a limit, also where the server hangs.
+
+mod error;
+mod value;
+
+use std::{collections::HashMap, time::Duration};
+
+use tokio::{
+    runtime::{Builder, Runtime},
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_postgres::{
+    Client, Config, Error, NoTls, SimpleQueryMessage, Statement,
+    config::{Host, TargetSessionAttrs},
+    types::ToSql,
+};
+
+use super::{Db, DbError, Row, Val};
+use crate::clock::Clock;
+use error::Failure;
+
+const APPLICATION: &str = "candela";
+/// How long a connection to one address may take to be made.
+const CONNECT_MAX: Duration = Duration::from_secs(3);
+/// How long sent data may stay without an acknowledgement.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(5);
+/// How long any call may take. Longer than the server's own limits below, which leave the
+/// connection in use.
+const CALL_MAX: Duration = Duration::from_secs(10);
+/// What the server is told when a connection begins. A server of ours that hangs within a
+/// transaction must not keep the lock from the others, and a commit is durable whatever the
+/// database's default says.
+const SESSION: &str = "
+SET lock_timeout = '4s';
+SET statement_timeout = '8s';
+SET idle_in_transaction_session_timeout = '4s';
+SELECT set_config('synchronous_commit', 'on', false)
+    WHERE current_setting('synchronous_commit') = 'off'";
+/// Begins, waits for the writers before this one, then reads the clock. The lock's number is the
+/// ASCII of `candela`; it is one of this database alone.
+const BEGIN: &str = "
+BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+SELECT pg_advisory_xact_lock(27973149453020257);
+SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000000 AS BIGINT)";
+/// One snapshot, which waits for nobody.
+const BEGIN_READING: &str = "
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000000 AS BIGINT)";
+const NOW: &str = "SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000000 AS BIGINT)";
+/// Waits between attempts to connect: the first, and the longest.
+const BACK_OFF_MIN: Duration = Duration::from_millis(100);
+const BACK_OFF_MAX: Duration = Duration::from_secs(2);
+
+/// A connection to a database, and how to make it anew. It runs what it needs of tokio by itself, so
+/// it must be used outside of async code: on a thread of its own, or one that may block.
+pub struct Postgres {
+    config: Config,
+    /// Host, port and database, for messages.
+    target: String,
+    clock: Clock,
+    runtime: Own,
+    session: Option<Session>,
+    back_off: BackOff,
+    in_transaction: bool,
+    /// The server's time when the open transaction had the lock.
+    begun_ns: Option<i64>,
+    /// A statement failed: the server will not commit this transaction.
+    failed: bool,
+}
+
+/// A runtime that may be dropped anywhere, by async code too.
+struct Own(Option<Runtime>);
+
+struct Session {
+    client: Client,
+    statements: HashMap<&'static str, Statement>,
+    driver: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct BackOff {
+    failures: u32,
+    until_ns: u64,
+    last: String,
+}
+
+impl Postgres {
+    /// Connects. `url` is a `postgres://` URL; see [`parse`].
+    ///
+    /// # Errors
+    /// `Unusable` where the URL, the user or the database is wrong, `Unavailable` where the server
+    /// cannot be reached.
+    pub fn connect(url: &str, clock: Clock) -> Result<Self, DbError> {
+        let config = parse(url).map_err(DbError::Unusable)?;
+        let runtime = Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| DbError::Unavailable(error.to_string()))?;
+        let mut made = Self {
+            target: target(&config),
+            config,
+            clock,
+            runtime: Own(Some(runtime)),
+            session: None,
+            back_off: BackOff::default(),
+            in_transaction: false,
+            begun_ns: None,
+            failed: false,
+        };
+        made.reconnect()?;
+        Ok(made)
+    }
+
+    fn reconnect(&mut self) -> Result<(), DbError> {
+        let now_ns = self.clock.now_ns();
+        if now_ns < self.back_off.until_ns {
+            return Err(DbError::Unavailable(self.back_off.last.clone()));
+        }
+        let made = self.runtime.wait(async {
+            timeout(CALL_MAX, connect(&self.config)).await.unwrap_or_else(|_| Err(Failure::late()))
+        });
+        match made {
+            Ok(session) => {
+                self.session = Some(session);
+                self.back_off = BackOff::default();
+                Ok(())
+            }
+            Err(failure) => {
+                let error = failure.of_target(&self.target);
+                let wait = BACK_OFF_MIN * (1 << self.back_off.failures.min(10));
+                let wait_ns = wait.min(BACK_OFF_MAX).as_nanos() as u64;
+                self.back_off.failures += 1;
+                self.back_off.until_ns = self.clock.now_ns().saturating_add(wait_ns);
+                self.back_off.last = error.to_string();
+                Err(error)
+            }
+        }
+    }
+
+    fn begin_with(&mut self, statements: &'static str) -> Result<(), DbError> {
+        (self.in_transaction, self.failed) = (false, false);
+        let fresh = self.session.is_none();
+        let mut started = self.start(statements);
+        if started.is_err() && !fresh && self.session.is_none() {
+            // The server was restarted while nothing was asked of it: nothing is lost by it.
+            started = self.start(statements);
+        }
+        if started.is_err() {
+            self.rollback();
+        }
+        started
+    }
+
+    fn start(&mut self, statements: &'static str) -> Result<(), DbError> {
+        let answer = self.call(async |session| session.client.simple_query(statements).await)?;
+        let time = answer.iter().rev().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
+            _ => None,
+        });
+        let time = time.ok_or_else(|| DbError::Corrupt("the server has no time".into()))?;
+        (self.in_transaction, self.begun_ns, self.failed) = (true, Some(time), false);
+        Ok(())
+    }
+
+    /// One call within [`CALL_MAX`]. A connection that was lost by it is dropped, and made anew by
+    /// the next call outside of a transaction.
+    fn call<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut Session) -> Result<T, Error>,
+    ) -> Result<T, DbError> {
+        if self.session.is_none() && !self.in_transaction {
+            self.reconnect()?;
+        }
+        let Some(session) = &mut self.session else {
+            return Err(DbError::Unavailable("the connection was lost".into()));
+        };
+        let done = self.runtime.wait(async { timeout(CALL_MAX, work(session)).await });
+        let failure = match done {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => Failure::of(&error, session.client.is_closed()),
+            Err(_) => Failure::late(),
+        };
+        self.failed = true;
+        if failure.lost {
+            self.session = None;
+        }
+        Err(failure.error)
+    }
+}
+
+impl Own {
+    fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        self.0.as_ref().expect("is there until it is dropped").block_on(work)
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+impl Db for Postgres {
+    fn begin(&mut self) -> Result<(), DbError> {
+        self.begin_with(BEGIN)
+    }
+
+    fn begin_reading(&mut self) -> Result<(), DbError> {
+        self.begin_with(BEGIN_READING)
+    }
+
+    fn commit(&mut self) -> Result<(), DbError> {
+        self.begun_ns = None;
+        if self.failed {
+            // The server would answer `COMMIT` by rolling back, and call that a success.
+            return Err(DbError::Unavailable("a statement of the transaction failed".into()));
+        }
+        let done = self.call(async |session| session.client.batch_execute("COMMIT").await);
+        self.in_transaction = false;
+        match done {
+            Err(error) if self.session.is_none() => Err(DbError::Uncertain(error.to_string())),
+            other => other,
+        }
+    }
+
+    fn rollback(&mut self) {
+        self.begun_ns = None;
+        if self.session.is_some() {
+            let done = self.call(async |session| session.client.batch_execute("ROLLBACK").await);
+            if done.is_err() {
+                self.session = None;
+            }
+        }
+        self.in_transaction = false;
+    }
+
+    fn query(&mut self, sql: &'static str, values: &[Val]) -> Result<Vec<Row>, DbError> {
+        let ask = async |session: &mut Session| {
+            let statement = session.statement(sql).await?;
+            session.client.query(&statement, &parameters(values)).await
+        };
+        let fresh = self.session.is_none();
+        let mut rows = self.call(ask);
+        if rows.is_err() && !fresh && !self.in_transaction && self.session.is_none() {
+            // As at `begin`: what only reads may be asked for again.
+            rows = self.call(ask);
+        }
+        let rows = rows?;
+        rows.iter().map(value::row).collect()
+    }
+
+    fn execute(&mut self, sql: &'static str, values: &[Val]) -> Result<u64, DbError> {
+        self.call(async |session| {
+            let statement = session.statement(sql).await?;
+            session.client.execute(&statement, &parameters(values)).await
+        })
+    }
+
+    fn batch(&mut self, sql: &str) -> Result<(), DbError> {
+        self.call(async |session| session.client.batch_execute(sql).await)
+    }
+
+    fn now_ns(&mut self) -> Result<i64, DbError> {
+        if let Some(begun_ns) = self.begun_ns {
+            return Ok(begun_ns);
+        }
+        let rows = self.query(NOW, &[])?;
+        rows.first().map_or_else(|| Err(DbError::Corrupt("no time".into())), |row| row.int(0))
+    }
+}
+
+impl Session {
+    async fn statement(&mut self, sql: &'static str) -> Result<Statement, Error> {
+        if let Some(known) = self.statements.get(sql) {
+            return Ok(known.clone());
+        }
+        let made = self.client.prepare(sql).await?;
+        self.statements.insert(sql, made.clone());
+        Ok(made)
+    }
+}
+
+/// What a URL has to look like.
+const SHAPE: &str = "no PostgreSQL URL: write postgres://user:password@host:5432/database, with %40 \
+     for an @ in a password and so on";
+
+/// Reads a URL and adds what the ledger relies on.
+///
+/// # Errors
+/// Says what it should look like, without any part of it.
+pub fn parse(url: &str) -> Result<Config, String> {
+    // The parser's own message may quote a part of a password that was not escaped.
+    let config: Option<Config> = url.parse().ok();
+    let named = |config: &Config| {
+        let mut hosts = config.get_hosts().iter();
+        let whole = |host: &Host| !matches!(host, Host::Tcp(name) if name.contains('@'));
+        !config.get_hosts().is_empty() && hosts.all(whole)
+    };
+    let mut config = config.filter(named).ok_or(SHAPE)?;
+    if config.get_application_name().is_none() {
+        config.application_name(APPLICATION);
+    }
+    if config.get_connect_timeout().is_none() {
+        config.connect_timeout(CONNECT_MAX);
+    }
+    if config.get_tcp_user_timeout().is_none() {
+        config.tcp_user_timeout(UNACKNOWLEDGED_MAX);
+    }
+    // Of several hosts the one that can be written to.
+    config.target_session_attrs(TargetSessionAttrs::ReadWrite);
+    Ok(config)
+}
+
+/// For messages: without user and password.
+fn target(config: &Config) -> String {
+    let ports = config.get_ports();
+    let port = |index: usize| ports.get(index).or(ports.first()).copied().unwrap_or(5432);
+    let hosts = config.get_hosts().iter().enumerate().map(|(index, host)| match host {
+        Host::Tcp(name) => format!("{name}:{}", port(index)),
+        Host::Unix(path) => format!("{}:{}", path.display(), port(index)),
+    });
+    let database = config.get_dbname().or(config.get_user()).unwrap_or_default();
+    format!("{}/{database}", hosts.collect::<Vec<_>>().join(","))
+}
+
+async fn connect(config: &Config) -> Result<Session, Failure> {
+    let (client, connection) =
+        config.connect(NoTls).await.map_err(|error| Failure::of(&error, true))?;
+    let driver = tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(error = error::chain(&error), "connection to PostgreSQL ended");
+        }
+    });
+    let session = Session { client, statements: HashMap::new(), driver };
+    let set = session.client.batch_execute(SESSION).await;
+    set.map_err(|error| Failure::of(&error, true))?;
+    Ok(session)
+}
+
+fn parameters(values: &[Val]) -> Vec<&(dyn ToSql + Sync)> {
+    values.iter().map(|value| value as &(dyn ToSql + Sync)).collect()
+}

@@ -1,0 +1,9 @@
+//! The ledger on PostgreSQL: what it means is what it means on SQLite, and several servers share it.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod connection;
+mod crash;
+mod replicas;
+mod semantics;
+mod servers;
