@@ -31,8 +31,8 @@ impl Server {
         started.unwrap_or_else(|log| panic!("{log}"))
     }
 
-    /// On a data directory of before, with more in its environment. Its log where it ends before it
-    /// listens.
+    /// On a data directory of before, with more in its environment. How it ended and its log, where that is
+    /// before it listens.
     pub fn start_in(
         data_dir: Arc<tempfile::TempDir>,
         model: &Path,
@@ -67,9 +67,9 @@ impl Server {
         let out = process.stdout.take().expect("piped");
         BufReader::new(out).read_line(&mut line).expect("says where it listens");
         let Some(url) = line.split("on ").nth(1).map(|url| url.trim().to_owned()) else {
-            process.wait().expect("ends");
+            let status = process.wait().expect("ends");
             reader.join().expect("reads");
-            return Err(log.lock().expect("not poisoned").clone());
+            return Err(format!("{status}: {}", log.lock().expect("not poisoned")));
         };
         let http = reqwest::Client::builder().no_proxy().build().expect("client");
         Ok(Self { process, data_dir, url, http, log })
@@ -108,9 +108,14 @@ impl Server {
         panic!("no line with {parts:?} in {}", self.log.lock().expect("not poisoned"));
     }
 
-    /// Whether the process has ended.
-    pub fn is_over(&mut self) -> bool {
-        self.process.try_wait().expect("waits").is_some()
+    /// Asks it to shut down.
+    pub fn terminate(&self) {
+        let asked = Command::new("kill").arg(self.id().to_string()).status();
+        assert!(asked.is_ok(), "{asked:?}");
+    }
+
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        self.process.wait().expect("waits")
     }
 
     pub fn data_dir(&self) -> &std::path::Path {

@@ -265,6 +265,13 @@ pub fn cost(rates: &Rates, used: &Tally) -> i128 {
     if anything { rates.request.0 + whole } else { 0 }
 }
 
+/// Ten input tokens and one of output.
+pub const HOLD: i128 = 10 * 150 + 600;
+
+pub fn ask(id: &RequestId, used: Tally, wanted: i128, least: i128) -> Extension {
+    Extension { request: id.clone(), used, wanted: NanoUsd(wanted), least: NanoUsd(least) }
+}
+
 /// Where a file of the program lies below a data directory.
 pub fn file_in(dir: &Path) -> std::path::PathBuf {
     dir.join("ledger.sqlite")
