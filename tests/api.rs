@@ -217,6 +217,7 @@ async fn errors(server: &Server) {
         ("response_format", json!({"type": "json_object"})),
         ("metadata", json!({"a": 1})),
         ("messages", json!([])),
+        ("user", json!("a\u{0}b")),
         ("stop", json!(["a", "b", "c", "d", "e"])),
     ] {
         let (status, error) = server.post(chat, with(key, value.clone())).await;

@@ -124,7 +124,7 @@ settings! {
     /// Memory for the KV cache, such as 4GiB [default: half of what is available]
     #[arg(long, env = "CANDELA_KV_CACHE_MEMORY", value_name = "BYTES", help_heading = "Engine")]
     kv_cache_memory: ByteSize,
-    /// Element type of the KV cache: f16 or f32 [default: f16]
+    /// Element type of the KV cache: f32; f16 is refused, it is not there yet [default: f32]
     #[arg(long, env = "CANDELA_KV_CACHE_DTYPE", value_name = "DTYPE", help_heading = "Engine")]
     kv_cache_dtype: KvCacheDtype,
     /// Tokens computed in one step, prefill and decode together [default: 512]

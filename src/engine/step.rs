@@ -1,10 +1,6 @@
 //! A step: planned with what every request can pay, launched, committed.
 
-use std::{
-    cell::RefCell,
-    collections::{HashMap, HashSet},
-    sync::atomic::Ordering,
-};
+use std::{cell::RefCell, collections::HashMap, sync::atomic::Ordering};
 
 use super::{
     device::{Device, DeviceError, DeviceOutcome, DeviceStep, SampleSpec, ScoreSpec, SlotBegin},
@@ -26,12 +22,10 @@ impl<D: Device> Engine<D> {
         let (live, owners) = (&self.live, &self.owners);
         // Tokens that this plan takes of each request: its choices share one lease, in index order.
         let taken: RefCell<HashMap<SeqId, u64>> = RefCell::default();
-        // A plan asks for a sequence when it is let in and when it is computed: one token all the same.
-        let granted: RefCell<HashSet<SeqId>> = RefCell::default();
-        let payable = |seq: SeqId| {
-            if granted.borrow().contains(&seq) {
-                return 1;
-            }
+        // Asked twice of a sequence that enters the batch: for its seat, and for its first rows. The
+        // seat is of use only with the same answer.
+        let answers: RefCell<HashMap<SeqId, usize>> = RefCell::default();
+        let answer = |seq: SeqId| {
             let Some((owner, _)) = owners.get(&seq) else { return 0 };
             let Some(request) = live.get(owner).filter(|live| live.has_room(depth)) else {
                 return 0;
@@ -39,13 +33,10 @@ impl<D: Device> Engine<D> {
             let mut taken = taken.borrow_mut();
             let taken = taken.entry(*owner).or_insert(0);
             let left = request.lease.affordable().saturating_sub(request.in_flight + *taken);
-            if left == 0 {
-                return 0;
-            }
-            *taken += 1;
-            granted.borrow_mut().insert(seq);
-            1
+            *taken += u64::from(left > 0);
+            usize::from(left > 0)
         };
+        let payable = |seq| *answers.borrow_mut().entry(seq).or_insert_with(|| answer(seq));
         let plan = self.scheduler.plan(&payable);
         self.counters.preemptions += plan.preempted.len() as u64;
         for admission in &plan.admitted {

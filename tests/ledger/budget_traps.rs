@@ -8,7 +8,7 @@ use candela::{
         book::{RateLimit, transact},
         db::{Db, Sqlite},
     },
-    types::{KeyId, NanoUsd},
+    types::KeyId,
 };
 
 use super::world::{HOLD, NS_PER_S, World, ask, cost, file_in, rates, used};

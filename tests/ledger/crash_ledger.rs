@@ -56,7 +56,7 @@ async fn the_process_that_dies() {
         let Ok(mut lease) = ledger.open(opening).await else { return };
         lease.use_input(5, 0);
         let mut tokens = 0;
-        while tokens < 10 * (index + 1) {
+        while tokens < 6 * (index + 1) {
             lease.renew(1 + index % 2, 0);
             if lease.end(0).is_some() {
                 break;

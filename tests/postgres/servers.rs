@@ -1,6 +1,7 @@
 //! Two server processes on one database, with real weights.
 
 use std::{
+    process::{Command, Output},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -20,7 +21,9 @@ use candela::{
     types::{NanoUsd, OrgId, TenantId},
 };
 use futures_util::future::join_all;
+use reqwest::Method;
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 
 use crate::common::{
     books::{INPUT_NANO, MODEL, OUTPUT_NANO, budget, price, prove, total, watch},
@@ -85,7 +88,8 @@ fn two_servers_never_pass_a_budget_together() {
     let (posted, left) = total(&mut db, TENANT).expect("a total");
     println!("{} answers cost {posted} of {LIMIT}, {} refused", costs.len(), 60 - costs.len());
     assert_eq!((i128::from(posted), left), (costs.iter().sum::<i128>(), 0));
-    assert!(costs.len() < 60, "the budget was met");
+    // Whether the last ones are refused or cut short depends on the machine; that it is used up does not.
+    assert!(i128::from(posted) > LIMIT * 9 / 10, "{posted} of {LIMIT}");
     for server in &servers {
         assert!(!server.log().contains("pass-hidden"), "the password is logged");
     }
@@ -121,6 +125,48 @@ fn two_servers_never_pass_a_budget_together() {
     prove(&mut db);
 }
 
+/// What operators read: each statement of usage, costs and requests, and the commands.
+fn operators_read(server: &Server, runtime: &Runtime, url: &str) {
+    for path in [
+        "/v1/organization/usage/completions?start_time=1&bucket_width=1d&group_by=model&group_by=project_id",
+        "/v1/organization/costs?start_time=1&group_by=line_item&project_ids=local",
+        "/admin/v1/requests?limit=5&tenant=local",
+        "/admin/v1/tenants",
+        "/admin/v1/keys?tenant=local",
+        "/admin/v1/prices",
+        "/admin/v1/budgets",
+        "/admin/v1/limits",
+        "/admin/v1/events",
+        "/admin/v1/audit",
+    ] {
+        let answer = runtime.block_on(async {
+            let response = server.send(Method::GET, path, &Value::Null).await;
+            (response.status(), response.text().await.expect("text"))
+        });
+        assert_eq!(answer.0, 200, "{path}: {}", answer.1);
+    }
+    for (line, part) in [
+        (&["ledger", "verify"][..], "every sum holds"),
+        (&["tenant", "list"], "local"),
+        (&["budget", "list"], "local"),
+        (&["price", "list"], MODEL),
+        (&["usage"], MODEL),
+    ] {
+        let done = command(line, url);
+        let text = String::from_utf8_lossy(&done.stdout);
+        let errors = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success() && text.contains(part), "{line:?}: {text} {errors}");
+    }
+    let done = command(&["ledger", "backup", "copy.sqlite"], url);
+    let errors = String::from_utf8_lossy(&done.stderr);
+    assert!(!done.status.success() && errors.contains("pg_dump"), "{errors}");
+}
+
+fn command(line: &[&str], url: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_candela"));
+    command.args(line).env("CANDELA_LEDGER", url).output().expect("runs")
+}
+
 /// A client hears 503 while the database is away, a running answer goes on, and then all is well.
 #[test]
 fn a_server_survives_its_database() {
@@ -134,6 +180,7 @@ fn a_server_survives_its_database() {
     let runtime = runtime.expect("a runtime");
     let body = json!({"model": MODEL, "prompt": "Once", "max_tokens": 20, "ignore_eos": true});
     assert!(runtime.block_on(ask(&server, 1)).is_some());
+    operators_read(&server, &runtime, &url);
     cluster.kill();
     let answer: Value = runtime.block_on(async {
         let (status, answer) = server.post("/v1/completions", body.clone()).await;
@@ -148,6 +195,7 @@ fn a_server_survives_its_database() {
         assert!(back.elapsed() < DEADLINE, "it never comes back");
     }
     println!("served again {:?} after the database", back.elapsed());
+    operators_read(&server, &runtime, &url);
     let mut db = Postgres::connect(&url, Clock::system()).expect("is back");
     prove(&mut db);
 }
