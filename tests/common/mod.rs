@@ -10,6 +10,8 @@ pub mod postgres;
 pub mod rig;
 #[allow(dead_code, reason = "not every test wants a server")]
 pub mod server;
+#[allow(dead_code, reason = "not every test wants a model of no size")]
+pub mod tiny;
 
 use std::path::{Path, PathBuf};
 

@@ -9,9 +9,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{
-    common::server::Server,
+    common::{server::Server, tiny},
     crash::{Delivered, MODES, OUTSTANDING, Seen, Shim, base, check, copy},
-    tiny,
 };
 
 /// Tokens of a client's stream that may be in its send buffer, delivered and not yet read, when the

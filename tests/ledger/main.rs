@@ -12,5 +12,4 @@ mod files;
 mod histories;
 mod server;
 mod streams;
-mod tiny;
 mod world;

@@ -15,8 +15,10 @@ use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
 use super::{
-    common::server::{DEADLINE, Server},
-    tiny,
+    common::{
+        server::{DEADLINE, Server},
+        tiny,
+    },
     world::{World, file_in},
 };
 

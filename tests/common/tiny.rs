@@ -44,7 +44,7 @@ pub fn write(dir: &Path) {
 }
 
 /// Byte-level BPE without merges. A space is written as U+0120.
-fn tokenizer() -> Value {
+pub fn tokenizer() -> Value {
     let characters = CHARACTERS.map(char::from).chain(['\u{120}']);
     let entries = characters.enumerate().map(|(id, one)| (one.to_string(), json!(id)));
     let byte_level = json!({
