@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 
 use candela::{
-    engine::RequestError,
+    engine::{RequestError, SubmitError},
     ledger::{
+        Refusal,
         book::inspect,
         db::{Db, Sqlite},
     },
@@ -89,8 +90,15 @@ pub fn all(db: &mut Sqlite, seen: &[Seen], setting: &Setting, came: &mut Came) {
 fn name(end: &End) -> &'static str {
     match end {
         End::Denied => "denied",
+        End::Refused(Refusal::Budget { .. }) => "refused by a budget",
+        End::Refused(Refusal::CapTooLow { .. }) => "refused by a cap",
+        End::Refused(Refusal::UnknownPrice(_)) => "refused without a price",
+        End::Refused(Refusal::Sequences { .. }) => "refused for its sequences",
+        End::Refused(Refusal::IdempotencyRunning(_)) => "refused while it runs",
+        End::Refused(Refusal::IdempotencyDone(_)) => "refused when done",
         End::Refused(_) => "refused",
         End::Unavailable => "unavailable",
+        End::NotSubmitted(SubmitError::QueueFull { .. }) => "queue full",
         End::NotSubmitted(_) => "not submitted",
         End::Left => "left",
         End::Done(..) => "done",
@@ -184,7 +192,7 @@ fn number(db: &mut Sqlite, sql: &'static str) -> i64 {
 }
 
 fn rows(db: &mut Sqlite) -> BTreeMap<String, Row> {
-    let sql = "SELECT id, tenant_id, state, end_cause, posted, granted, uncached_input,
+    let sql = "SELECT id, request.tenant_id, state, end_cause, posted, granted, uncached_input,
         request.output, billable_device_ns, price.input, price.output, price.request,
         price.device_second, billing
         FROM request JOIN price ON version = price_version ORDER BY id";

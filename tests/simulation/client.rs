@@ -47,7 +47,7 @@ pub struct Plan {
     pub leaves_after: Option<u32>,
     /// Between two reads.
     pub pause_ns: u64,
-    /// Reads nothing from so many tokens on, and stays.
+    /// Reads nothing for long from so many tokens on, and stays.
     pub stalls_after: Option<u32>,
 }
 
@@ -77,8 +77,6 @@ pub enum End {
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub plan: Plan,
-    /// Which life of which server.
-    pub life: u32,
     pub read: Read,
     pub end: End,
 }
@@ -111,13 +109,13 @@ async fn before<T>(limit: Until, work: impl Future<Output = T>) -> Option<T> {
 pub async fn client(
     plan: Plan,
     clock: Clock,
-    front: impl Fn(usize) -> (Front, u32) + 'static,
+    front: impl Fn(usize) -> Front + 'static,
 ) -> Seen {
     Until(clock.clone(), Some(plan.arrives_ns)).await;
-    let (front, life) = front(plan.server);
+    let front = front(plan.server);
     let mut read = Read::default();
     let end = ask(&plan, &clock, &front, &mut read).await;
-    Seen { plan, life, read, end }
+    Seen { plan, read, end }
 }
 
 async fn ask(plan: &Plan, clock: &Clock, front: &Front, read: &mut Read) -> End {
@@ -161,11 +159,12 @@ async fn ask(plan: &Plan, clock: &Clock, front: &Front, read: &mut Read) -> End 
         Ok(stream) => stream,
         Err(error) => return End::NotSubmitted(error),
     };
+    let mut stalls_after = plan.stalls_after;
     loop {
         if plan.leaves_after.is_some_and(|tokens| read.tokens >= tokens) {
             return End::Left;
         }
-        if plan.stalls_after.is_some_and(|tokens| read.tokens >= tokens) {
+        if stalls_after.take_if(|tokens| read.tokens >= *tokens).is_some() {
             // Longer than any server waits for it.
             Until(clock.clone(), Some(clock.now_ns() + 60_000_000_000)).await;
         }

@@ -89,8 +89,8 @@ impl Operator {
         transact(&mut self.db, |book| book.set_budget(&budget)).expect("a budget");
     }
 
-    /// Does something at random. `known` is a request, perhaps.
-    pub fn act(&mut self, random: &mut StdRng, known: Option<&RequestId>) {
+    /// Does something at random. `known` is a request, in the ledger or not.
+    pub fn act(&mut self, random: &mut StdRng, known: &RequestId) {
         let scope = SCOPES[random.random_range(0..SCOPES.len())];
         let span = Span::ALL[random.random_range(0..Span::ALL.len())];
         let tenant = TenantId::new(TENANTS[random.random_range(0..TENANTS.len())].1);
@@ -110,10 +110,7 @@ impl Operator {
             }
             2 => transact(&mut self.db, |book| book.delete_budget(scope, span).map(drop)),
             3 => transact(&mut self.db, |book| book.credit(&tenant, amount, "").map(drop)),
-            4 => match known {
-                Some(id) => transact(&mut self.db, |book| book.refund(id, amount, "").map(drop)),
-                None => return,
-            },
+            4 => transact(&mut self.db, |book| book.refund(known, amount, "").map(drop)),
             5 => {
                 let limit = RateLimit {
                     requests_per_minute: random

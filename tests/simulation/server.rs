@@ -10,7 +10,7 @@ use std::{
 use candela::{
     admission::{Anonymous, Door},
     clock::Clock,
-    engine::{EngineOptions, EngineWithoutThread},
+    engine::{EngineOptions, EngineSnapshot, EngineWithoutThread},
     ledger::{Desk, Ledger, LedgerOptions, db::Sqlite, lease::LeaseLimits},
     meter::By,
     scheduler::Limits,
@@ -102,8 +102,6 @@ impl Setting {
 
 pub struct Server {
     pub front: Front,
-    /// Counts over all servers of the story.
-    pub life: u32,
     pub switches: Arc<Switches>,
     desk: Desk,
     engine: EngineWithoutThread<FakeModel>,
@@ -128,7 +126,6 @@ impl Server {
         let (setting, clock) = (setting.clone(), clock.clone());
         Self {
             front,
-            life,
             switches,
             desk,
             engine,
@@ -159,8 +156,8 @@ impl Server {
         moved || self.switches.commits.load(Ordering::Relaxed) > before
     }
 
-    pub fn preemptions(&self) -> u64 {
-        self.engine.handle.snapshot().preemptions
+    pub fn snapshot(&self) -> Arc<EngineSnapshot> {
+        self.engine.handle.snapshot()
     }
 
     /// Whether nothing is live or waiting, and no block is held.
@@ -175,7 +172,9 @@ impl Server {
         switches.cut.store(false, Ordering::Relaxed);
         close_books(engine, &clock);
         // One turn for what a failing commit leaves over, one to do it.
-        (0..3).for_each(|_| drop(desk.turn()));
+        for _ in 0..3 {
+            desk.turn();
+        }
         desk.leave();
     }
 }

@@ -94,7 +94,7 @@ pub struct Story {
     setting: Setting,
     servers: Rc<RefCell<Vec<Server>>>,
     clients: Vec<Client>,
-    ids: Vec<RequestId>,
+    plans: Vec<Plan>,
     seen: Vec<Seen>,
     lives: u32,
     /// Turns between two things that go wrong, and two acts of the operator; 0 is never.
@@ -127,7 +127,7 @@ impl Story {
             setting,
             servers: Rc::default(),
             clients: Vec::new(),
-            ids: Vec::new(),
+            plans: Vec::new(),
             seen: Vec::new(),
             lives: 0,
             came: Came::default(),
@@ -154,12 +154,9 @@ impl Story {
 
     fn invite(&mut self, index: usize) {
         let plan = plan(&mut self.random, index, self.setting.servers);
-        self.ids.push(plan.id.clone());
+        self.plans.push(plan.clone());
         let servers = self.servers.clone();
-        let front = move |index: usize| {
-            let servers = servers.borrow();
-            (servers[index].front.clone(), servers[index].life)
-        };
+        let front = move |index: usize| servers.borrow()[index].front.clone();
         self.clients.push(Box::pin(client(plan, self.clock.clone(), front)));
     }
 
@@ -173,13 +170,21 @@ impl Story {
             let most_ns = if moved { 300_000 } else { 20_000_000 };
             self.clock.advance(Duration::from_nanos(self.random.random_range(0..most_ns)));
             turns += 1;
-            assert!(turns < TURNS_MAX, "{} clients wait for ever", self.clients.len());
+            assert!(turns < TURNS_MAX, "they wait for ever: {}", self.waiting());
         }
         self.wind_down();
         self.came.count("turns", turns.into());
         let Self { mut operator, seen, setting, mut came, .. } = self;
         check::all(&mut operator.db, &seen, &setting, &mut came);
         came
+    }
+
+    fn waiting(&self) -> String {
+        let answered = |plan: &&Plan| self.seen.iter().any(|one| one.plan.id == plan.id);
+        let plans: Vec<&Plan> = self.plans.iter().filter(|plan| !answered(plan)).collect();
+        let servers = self.servers.borrow();
+        let snapshots: Vec<_> = servers.iter().map(Server::snapshot).collect();
+        format!("{plans:#?} {snapshots:#?} {:?}", self.setting)
     }
 
     fn clients_move(&mut self) -> bool {
@@ -208,8 +213,8 @@ impl Story {
     fn meddle(&mut self) {
         let now = |random: &mut StdRng, every: u32| every > 0 && random.random_ratio(1, every);
         if now(&mut self.random, self.acts) {
-            let known = self.random.random_range(0..self.ids.len());
-            self.operator.act(&mut self.random, self.ids.get(known));
+            let known = self.random.random_range(0..self.plans.len());
+            self.operator.act(&mut self.random, &self.plans[known].id);
             self.came.count("operator", 1);
         }
         if !now(&mut self.random, self.trouble) {
@@ -238,13 +243,13 @@ impl Story {
                 // As after SIGKILL: nothing is told to anyone.
                 let new = self.start();
                 let old = std::mem::replace(&mut self.servers.borrow_mut()[index], new);
-                self.came.count("preemptions", old.preemptions());
+                self.came.count("preemptions", old.snapshot().preemptions);
                 self.came.count("kills", 1);
             }
             _ => {
                 // A server that starts takes the place of one that has ended.
                 let old = self.servers.borrow_mut().remove(index);
-                self.came.count("preemptions", old.preemptions());
+                self.came.count("preemptions", old.snapshot().preemptions);
                 old.stop();
                 self.came.count("restarts", 1);
                 let new = self.start();
@@ -269,8 +274,8 @@ impl Story {
         }
         let servers = std::mem::take(&mut *self.servers.borrow_mut());
         for server in servers {
-            assert!(server.is_idle(), "something runs for nobody");
-            self.came.count("preemptions", server.preemptions());
+            assert!(server.is_idle(), "something runs for nobody: {:?} {:?}", server.snapshot(), self.setting);
+            self.came.count("preemptions", server.snapshot().preemptions);
             server.stop();
         }
     }
