@@ -53,7 +53,7 @@ impl Row {
 
 pub fn all(db: &mut Sqlite, seen: &[Seen], setting: &Setting, came: &mut Came) {
     let problems = inspect(db, |book| book.verify()).expect("reads");
-    assert!(problems.is_empty(), "{problems:#?}");
+    assert!(problems.is_empty(), "{problems:#?} {setting:?} {:#?}", rows(db));
     for sql in [
         "SELECT COUNT(*) FROM request WHERE state = 'open'",
         "SELECT COUNT(*) FROM lease",
