@@ -32,15 +32,21 @@ pub struct Shim {
     dir: TempDir,
 }
 
+/// Compiles `tests/{name}.c` into `dir` as a library to preload.
+pub fn compile(name: &str, dir: &Path) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name).with_extension("c");
+    let library = dir.join(name).with_extension("so");
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-o"]).arg(&library).arg(source);
+    let built = cc.args(["-ldl", "-lpthread"]).output().expect("cc, which Rust links with");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    library
+}
+
 impl Shim {
     pub fn build() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/crash.c");
-        let mut cc = Command::new("cc");
-        cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-o"]).arg(dir.path().join("crash.so"));
-        let built =
-            cc.arg(source).args(["-ldl", "-lpthread"]).output().expect("cc, which Rust links with");
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        compile("crash", dir.path());
         Self { dir }
     }
 

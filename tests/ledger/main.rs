@@ -10,6 +10,7 @@ mod crash_ledger;
 mod crash_server;
 mod files;
 mod histories;
+mod load;
 mod server;
 mod streams;
 mod world;

@@ -1,6 +1,9 @@
 //! Money on the running server, over real sockets.
 
-use std::time::{Duration, Instant};
+use std::{
+    ffi::OsStr,
+    time::{Duration, Instant},
+};
 
 use candela::{
     ledger::{
@@ -23,38 +26,43 @@ use super::{
 };
 
 /// Eleven tokens.
-const PROMPT: &str = "Count me up";
-const INPUT: i128 = 11 * 150;
-const OUTPUT: i128 = 600;
+pub const PROMPT: &str = "Count me up";
+pub const INPUT: i128 = 11 * 150;
+pub const OUTPUT: i128 = 600;
 
 /// A server, and a second connection to its ledger.
-struct Shop {
-    server: Server,
-    world: World,
+pub struct Shop {
+    pub server: Server,
+    pub world: World,
 }
 
 /// What a client read of a stream.
 #[derive(Debug)]
-struct Read {
-    id: String,
+pub struct Read {
+    pub id: String,
     /// One character a token.
-    text: String,
-    finish: Value,
-    cause: Value,
-    usage: Value,
+    pub text: String,
+    pub finish: Value,
+    pub cause: Value,
+    pub usage: Value,
 }
 
 impl Shop {
     fn open(extra: &[&str]) -> Self {
+        Self::open_with(extra, &[])
+    }
+
+    /// With more in the server's environment.
+    pub fn open_with(extra: &[&str], variables: &[(&str, &OsStr)]) -> Self {
         let world = World::new();
         let model = tempfile::tempdir().expect("a directory");
         tiny::write(model.path());
         let all = [&["--kv-cache-memory", "64MiB", "--threads", "1"], extra].concat();
-        let server = Server::start_in(world.dir.clone(), model.path(), &all, &[]);
+        let server = Server::start_in(world.dir.clone(), model.path(), &all, variables);
         Self { server: server.unwrap_or_else(|log| panic!("{log}")), world }
     }
 
-    fn request(&self, key: &str, path: &str, body: &Value) -> RequestBuilder {
+    pub fn request(&self, key: &str, path: &str, body: &Value) -> RequestBuilder {
         let mut body = body.clone();
         for (name, value) in
             [("model", json!("m")), ("ignore_eos", json!(true)), ("max_tokens", json!(20))]
@@ -73,17 +81,26 @@ impl Shop {
     }
 
     /// Reads a stream, or as much of it as `goes_on` says after every part.
-    async fn read(
+    async fn read(&self, key: &str, body: Value, goes_on: impl FnMut(&Read) -> bool) -> Read {
+        let read = self.try_read(key, &body, goes_on).await;
+        read.unwrap_or_else(|refused| panic!("{body}: {refused}"))
+    }
+
+    /// The same, or the refusal.
+    pub async fn try_read(
         &self,
         key: &str,
-        mut body: Value,
+        body: &Value,
         mut goes_on: impl FnMut(&Read) -> bool,
-    ) -> Read {
+    ) -> Result<Read, Value> {
+        let mut body = body.clone();
         body["stream"] = true.into();
         body["stream_options"] = json!({"include_usage": true});
         let mut response =
             self.request(key, "/v1/completions", &body).send().await.expect("answers");
-        assert_eq!(response.status(), 200, "{body}");
+        if response.status() != 200 {
+            return Err(response.json().await.expect("json"));
+        }
         let id = response.headers()["x-request-id"].to_str().expect("ASCII").to_owned();
         let mut read = Read {
             id,
@@ -105,7 +122,7 @@ impl Shop {
                 break;
             }
         }
-        read
+        Ok(read)
     }
 
     /// Once a request is closed: its output and why it ended. The charge is the price of what it used.
@@ -131,7 +148,7 @@ impl Shop {
     }
 
     /// Nothing is open or held.
-    fn settled(&mut self) {
+    pub fn settled(&mut self) {
         self.verify();
         let held = "SELECT CAST(COALESCE(SUM(held), 0) AS BIGINT) FROM window_total";
         for sql in [
@@ -159,7 +176,7 @@ impl Read {
     }
 }
 
-fn dollars(nano: i128) -> Value {
+pub fn dollars(nano: i128) -> Value {
     usd::format(NanoUsd(nano)).into()
 }
 

@@ -71,7 +71,8 @@ pub fn all(db: &mut Sqlite, seen: &[Seen], setting: &Setting, came: &mut Came) {
         sum += charge;
         came.count(&row.cause, 1);
     }
-    let charged = "SELECT CAST(COALESCE(SUM(amount), 0) AS BIGINT) FROM transfer WHERE kind = 'charge'";
+    let charged =
+        "SELECT CAST(COALESCE(SUM(amount), 0) AS BIGINT) FROM transfer WHERE kind = 'charge'";
     assert_eq!(i128::from(number(db, charged)), sum);
     for one in seen {
         let row = rows.get(one.plan.id.as_str());
@@ -151,7 +152,11 @@ fn of_one(seen: &Seen, row: Option<&Row>, setting: &Setting) {
             assert_eq!(tokens, row.output, "{}", what());
             let causes = read.finishes.values().filter_map(|(_, cause)| *cause);
             let causes: Vec<&str> = causes.map(|cause| cause.name()).collect();
-            let told = if causes.is_empty() { row.cause == "finished" } else { causes.contains(&&*row.cause) };
+            let told = if causes.is_empty() {
+                row.cause == "finished"
+            } else {
+                causes.contains(&&*row.cause)
+            };
             assert!(told, "{}", what());
         }
         End::Done(usage, None) => {

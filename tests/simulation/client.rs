@@ -106,11 +106,7 @@ async fn before<T>(limit: Until, work: impl Future<Output = T>) -> Option<T> {
 }
 
 /// From its arrival until it has its answer, or leaves.
-pub async fn client(
-    plan: Plan,
-    clock: Clock,
-    front: impl Fn(usize) -> Front + 'static,
-) -> Seen {
+pub async fn client(plan: Plan, clock: Clock, front: impl Fn(usize) -> Front + 'static) -> Seen {
     Until(clock.clone(), Some(plan.arrives_ns)).await;
     let front = front(plan.server);
     let mut read = Read::default();

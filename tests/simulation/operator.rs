@@ -16,8 +16,7 @@ use super::server::MODEL;
 
 pub const TENANTS: [(&str, &str); 3] = [("acme", "red"), ("acme", "blue"), ("globex", "green")];
 /// The secret of a key is its name.
-pub const KEYS: [(&str, &str); 4] =
-    [("k0", "red"), ("k1", "red"), ("k2", "blue"), ("k3", "green")];
+pub const KEYS: [(&str, &str); 4] = [("k0", "red"), ("k1", "red"), ("k2", "blue"), ("k3", "green")];
 const SCOPES: [&str; 8] = [
     "global",
     "org:acme",

@@ -124,16 +124,7 @@ impl Server {
         let door = Door::new(ledger.clone(), clock.clone(), Anonymous::Never);
         let front = Front { door: Rc::new(door), ledger, engine: engine.handle.clone() };
         let (setting, clock) = (setting.clone(), clock.clone());
-        Self {
-            front,
-            switches,
-            desk,
-            engine,
-            setting,
-            clock,
-            random,
-            turns: 0,
-        }
+        Self { front, switches, desk, engine, setting, clock, random, turns: 0 }
     }
 
     /// Returns whether anything happened.

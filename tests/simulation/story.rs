@@ -274,7 +274,12 @@ impl Story {
         }
         let servers = std::mem::take(&mut *self.servers.borrow_mut());
         for server in servers {
-            assert!(server.is_idle(), "something runs for nobody: {:?} {:?}", server.snapshot(), self.setting);
+            assert!(
+                server.is_idle(),
+                "something runs for nobody: {:?} {:?}",
+                server.snapshot(),
+                self.setting
+            );
             self.came.count("preemptions", server.snapshot().preemptions);
             server.stop();
         }
