@@ -151,6 +151,8 @@ pub(super) struct InFlight {
     pub(super) work: StepWork,
     /// Request of every score, in order.
     pub(super) scores: Vec<SeqId>,
+    /// Request of every token drawn, in order.
+    pub(super) draws: Vec<SeqId>,
 }
 
 pub(super) struct Engine<D> {

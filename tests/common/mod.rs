@@ -4,6 +4,8 @@
 pub mod books;
 #[allow(dead_code, reason = "not every test wants a hub")]
 pub mod hub;
+#[allow(dead_code, reason = "not every test makes models")]
+pub mod model_files;
 #[allow(dead_code, reason = "not every test wants a database server")]
 pub mod postgres;
 #[allow(dead_code, reason = "not every test breaks a database")]

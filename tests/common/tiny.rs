@@ -5,8 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-#[path = "../golden/model_files.rs"]
-mod model_files;
+use super::model_files;
 
 const HIDDEN: u64 = 32;
 const MLP: u64 = 64;
