@@ -40,6 +40,8 @@ pub fn write(dir: &Path) {
     }
     model_files::write(dir, &config, &shapes, "float32", 1);
     std::fs::write(dir.join("tokenizer.json"), tokenizer().to_string()).expect("written");
+    let template = json!({"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"});
+    std::fs::write(dir.join("tokenizer_config.json"), template.to_string()).expect("written");
 }
 
 /// Byte-level BPE without merges. A space is written as U+0120.

@@ -8,7 +8,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    common::model_files, gguf_files,
+    common::model_files,
+    gguf_files,
     runner::{Runner, argmax, error_max},
 };
 

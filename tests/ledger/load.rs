@@ -55,7 +55,7 @@ async fn client(shop: &Shop, seed: u64, over: &AtomicBool) -> Got {
             body["max_cost_usd"] = dollars(cap);
         }
         let leaves_after =
-            random.random_ratio(1, 4).then(|| random.random_range(0..40)).unwrap_or(usize::MAX);
+            if random.random_ratio(1, 4) { random.random_range(0..40) } else { usize::MAX };
         match shop.try_read(key, &body, |read| read.text.len() < leaves_after).await {
             Err(refused) => {
                 let code = refused["error"]["code"].as_str();

@@ -12,5 +12,6 @@ mod files;
 mod histories;
 mod load;
 mod server;
+mod server_traps;
 mod streams;
 mod world;
