@@ -101,8 +101,10 @@ pub fn base() -> Arc<TempDir> {
     world.dir.clone()
 }
 
+/// In memory where there is such a place: what survives is the library's to say, not the disk's.
 pub fn copy(base: &TempDir) -> Arc<TempDir> {
-    let dir = tempfile::tempdir().expect("a directory");
+    let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+    let dir = dir.expect("a directory");
     for suffix in ["", "-wal"] {
         let name = format!("ledger.sqlite{suffix}");
         if base.path().join(&name).exists() {

@@ -120,7 +120,13 @@ fn every_write_of_a_ledger_may_be_its_last() {
     check(dir.path(), &seen, 0, "without a crash");
     let (mut died, mut twice) = (0, 0);
     for mode in MODES {
-        for at in 1..=writes {
+        // Torn writes at some of them: the other two modes have them all.
+        let every = if mode == "torn" && std::env::var_os("CANDELA_CRASH_ROUNDS").is_none() {
+            3
+        } else {
+            1
+        };
+        for at in (1..=writes).step_by(every) {
             let (dir, mut seen) = (copy(&base), Seen::new());
             died += u32::from(!child(&shim, dir.path(), "first", at, mode, &mut seen));
             // The next one dies while it gives up what the first left.

@@ -17,7 +17,7 @@ use super::{
 /// server dies.
 const BUFFERED: u64 = 64;
 /// Deaths in a short life, and under load.
-const ROUNDS: [u64; 2] = [40, 10];
+const ROUNDS: [u64; 2] = [24, 8];
 
 /// A client of the server that may die; what it saw of its request.
 async fn client(server: &Server, body: Value, leaves_after: usize) -> Option<(String, Delivered)> {

@@ -24,7 +24,7 @@ use std::{
 
 use story::{Came, Story};
 
-const SEEDS: u64 = 1_000;
+const SEEDS: u64 = 600;
 /// Threads that run seeds, each of which is a world of its own.
 const THREADS: usize = 2;
 
