@@ -26,12 +26,21 @@ impl<D: Device> Engine<D> {
 
     pub(super) fn close_if_done(&mut self, owner: SeqId) {
         if self.live.get(&owner).is_some_and(Live::is_done)
-            && let Some(mut live) = self.live.remove(&owner)
+            && let Some(live) = self.take(owner)
         {
-            self.used.extend(live.take_unbooked());
-            self.counters.prompt_tokens += live.prompt_tokens();
             live.close();
         }
+    }
+
+    /// Takes a request out of the books of the living; one that never ran leaves the queue as well.
+    fn take(&mut self, owner: SeqId) -> Option<Live> {
+        let mut live = self.live.remove(&owner)?;
+        self.used.extend(live.take_unbooked());
+        if !live.admitted {
+            self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.counters.prompt_tokens += live.prompt_tokens();
+        Some(live)
     }
 
     /// Renews leases that run low, and ends requests whose money has ended.
@@ -75,12 +84,7 @@ impl<D: Device> Engine<D> {
         reason: FinishReason,
         error: Option<RequestError>,
     ) {
-        let Some(mut live) = self.live.remove(&owner) else { return };
-        self.used.extend(live.take_unbooked());
-        if !live.admitted {
-            self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
-        }
-        self.counters.prompt_tokens += live.prompt_tokens();
+        let Some(live) = self.take(owner) else { return };
         // From the last choice, so that no sibling inherits the prompt only to be dropped next.
         for choice in live.choices.iter().rev().filter(|choice| !choice.done) {
             self.scheduler.finish(choice.seq);

@@ -23,7 +23,7 @@ pub use request::{
     GenerateRequest, OutputToken, RequestError, RequestUsage, SoFar, StopParams, StreamEvent,
     SubmitError,
 };
-pub use run::{EngineOptions, EngineThread, start};
+pub use run::{EngineOptions, EngineThread, EngineWithoutThread, start};
 pub use snapshot::EngineSnapshot;
 
 use crate::ledger::Lease;

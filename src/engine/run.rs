@@ -1,7 +1,7 @@
 //! The loop of the engine thread.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
@@ -72,43 +72,77 @@ pub fn start<D: Device>(
     clock: Clock,
     make: impl FnOnce() -> Result<D, DeviceError> + Send + 'static,
 ) -> Result<EngineThread, DeviceError> {
-    let context_tokens_max =
-        options.context_tokens_max.min(options.kv_blocks * options.limits.block_tokens);
-    let shared = Arc::new(Shared {
-        snapshot: RwLock::default(),
-        waiting: AtomicUsize::new(0),
-        waiting_max: options.waiting_requests_max,
-        context_tokens_max,
-        choices_max: options.limits.running_seqs_max,
-        stream_events: options.stream_buffer_events_max,
-        draining: AtomicBool::new(false),
-        alive: AtomicBool::new(true),
-    });
-    let kept = keep_books(clock.now_ns()).map_err(|error| DeviceError(error.to_string()))?;
-    let (books, records, _) = kept;
-    let (inbox, events) = sync_channel(options.waiting_requests_max + 16);
-    let handle = EngineHandle { inbox, shared: shared.clone() };
     let (ready, made) = sync_channel(1);
     let thread = std::thread::Builder::new().name("candela-engine".into()).spawn(move || {
-        let engine = make().and_then(|device| {
-            let mut engine =
-                Engine::new(options, tokenizer, clock, device, shared.clone(), records);
-            engine.calibrate().map(|()| engine)
-        });
+        let engine = make()
+            .and_then(|device| EngineWithoutThread::new(options, tokenizer, clock, device))
+            .and_then(|mut made| made.engine.calibrate().map(|()| made));
         match engine {
-            Ok(engine) => {
-                let _ = ready.send(Ok(()));
-                engine.run(&events);
+            Ok(EngineWithoutThread { engine, inbox, handle, books, keeper: _ }) => {
+                let _ = ready.send(Ok((handle, books)));
+                engine.run(&inbox);
             }
-            Err(error) => {
-                shared.alive.store(false, Ordering::Release);
-                let _ = ready.send(Err(error));
-            }
+            Err(error) => drop(ready.send(Err(error))),
         }
     });
     let thread = thread.map_err(|error: io::Error| DeviceError(error.to_string()))?;
-    made.recv().unwrap_or_else(|_| Err(DeviceError("the engine thread died".into())))?;
+    let died = || Err(DeviceError("the engine thread died".into()));
+    let (handle, books) = made.recv().unwrap_or_else(|_| died())?;
     Ok(EngineThread { handle, thread, books })
+}
+
+/// An engine whose caller takes the turns that its thread would: for simulations.
+pub struct EngineWithoutThread<D> {
+    engine: Engine<D>,
+    inbox: Receiver<Event>,
+    pub handle: EngineHandle,
+    books: Books,
+    keeper: JoinHandle<()>,
+}
+
+impl<D: Device> EngineWithoutThread<D> {
+    pub fn new(
+        options: EngineOptions,
+        tokenizer: Tokenizer,
+        clock: Clock,
+        device: D,
+    ) -> Result<Self, DeviceError> {
+        let context_tokens_max =
+            options.context_tokens_max.min(options.kv_blocks * options.limits.block_tokens);
+        let shared = Arc::new(Shared {
+            snapshot: RwLock::default(),
+            waiting: AtomicUsize::new(0),
+            waiting_max: options.waiting_requests_max,
+            context_tokens_max,
+            choices_max: options.limits.running_seqs_max,
+            stream_events: options.stream_buffer_events_max,
+            draining: AtomicBool::new(false),
+            alive: AtomicBool::new(true),
+        });
+        let kept = keep_books(clock.now_ns()).map_err(|error| DeviceError(error.to_string()))?;
+        let (books, records, keeper) = kept;
+        let (sender, inbox) = sync_channel(options.waiting_requests_max + 16);
+        let handle = EngineHandle { inbox: sender, shared: shared.clone() };
+        let engine = Engine::new(options, tokenizer, clock, device, shared, records);
+        Ok(Self { engine, inbox, handle, books, keeper })
+    }
+
+    /// Takes what has arrived and runs a step. Returns whether anything happened; after an error the
+    /// engine is dead.
+    pub fn turn(&mut self) -> Result<bool, DeviceError> {
+        self.engine.take_arrived(&self.inbox);
+        let turned = self.engine.turn();
+        turned.inspect_err(|error| self.engine.fail(&error.0))
+    }
+
+    /// Ends everything that is live, and waits until all of it is in the books.
+    pub fn end(mut self) -> Books {
+        self.engine.shut_down();
+        drop(self.engine);
+        // A keeper that panicked has kept what came before.
+        let _ = self.keeper.join();
+        self.books
+    }
 }
 
 /// A launched step, and what its results mean.
@@ -117,6 +151,8 @@ pub(super) struct InFlight {
     pub(super) work: StepWork,
     /// Request of every score, in order.
     pub(super) scores: Vec<SeqId>,
+    /// Request of every token drawn, in order.
+    pub(super) draws: Vec<SeqId>,
 }
 
 pub(super) struct Engine<D> {
@@ -126,8 +162,8 @@ pub(super) struct Engine<D> {
     pub(super) device: D,
     pub(super) shared: Arc<Shared>,
     pub(super) scheduler: Scheduler,
-    /// By the sequence of the first choice.
-    pub(super) live: HashMap<SeqId, Live>,
+    /// By the sequence of the first choice, and so the oldest first.
+    pub(super) live: BTreeMap<SeqId, Live>,
     /// Sequence to request and choice index.
     pub(super) owners: HashMap<SeqId, (SeqId, usize)>,
     pub(super) in_flight: VecDeque<InFlight>,
@@ -159,7 +195,7 @@ impl<D: Device> Engine<D> {
             device,
             shared,
             scheduler,
-            live: HashMap::new(),
+            live: BTreeMap::new(),
             owners: HashMap::new(),
             in_flight: VecDeque::new(),
             metering,
@@ -200,16 +236,24 @@ impl<D: Device> Engine<D> {
         let mut progressed = true;
         while !self.stopping {
             self.take_events(events, progressed);
-            self.reap();
-            self.settle_leases();
-            let step = catch_unwind(AssertUnwindSafe(|| self.step()));
-            match step {
-                Ok(Ok(moved)) => progressed = moved,
-                Ok(Err(error)) => return self.fail(&error.0),
-                Err(_) => return self.fail("a panic on the engine thread"),
+            match self.turn() {
+                Ok(moved) => progressed = moved,
+                Err(error) => return self.fail(&error.0),
             }
-            self.publish();
         }
+        self.shut_down();
+    }
+
+    fn turn(&mut self) -> Result<bool, DeviceError> {
+        self.reap();
+        self.settle_leases();
+        let panicked = |_| Err(DeviceError("a panic on the engine thread".into()));
+        let moved = catch_unwind(AssertUnwindSafe(|| self.step())).unwrap_or_else(panicked)?;
+        self.publish();
+        Ok(moved)
+    }
+
+    fn shut_down(&mut self) {
         self.abort_all(&RequestError::ShuttingDown, FinishReason::Abort);
         self.shared.alive.store(false, Ordering::Release);
         self.publish();
@@ -244,6 +288,10 @@ impl<D: Device> Engine<D> {
                 Err(RecvTimeoutError::Disconnected) => self.stopping = true,
             }
         }
+        self.take_arrived(events);
+    }
+
+    fn take_arrived(&mut self, events: &Receiver<Event>) {
         while let Ok(event) = events.try_recv() {
             self.take_event(event);
         }

@@ -58,7 +58,7 @@ impl<D: Device> Engine<D> {
         for admission in plan.admitted.iter().chain(&plan.forked) {
             step.begins.extend(self.slot_begin(admission.seq, admission.slot));
         }
-        let mut scores = Vec::new();
+        let (mut scores, mut draws) = (Vec::new(), Vec::new());
         let mut row = 0;
         for planned in &plan.seqs {
             if planned.score {
@@ -66,7 +66,9 @@ impl<D: Device> Engine<D> {
                 row += planned.new_tokens as u32 - 1;
             }
             for target in &planned.samples {
-                self.count_in_flight(target.seq, 1);
+                let owner = self.owners.get(&target.seq).map_or(target.seq, |(owner, _)| *owner);
+                self.count_in_flight(owner, 1);
+                draws.push(owner);
                 step.samples.push(SampleSpec {
                     logits_row: row,
                     slot: target.slot,
@@ -79,13 +81,12 @@ impl<D: Device> Engine<D> {
         self.device.launch(&step)?;
         self.counters.steps += 1;
         let work = self.metering.work(&plan);
-        self.in_flight.push_back(InFlight { plan, work, scores });
+        self.in_flight.push_back(InFlight { plan, work, scores, draws });
         Ok(())
     }
 
-    pub(super) fn count_in_flight(&mut self, seq: SeqId, tokens: i64) {
-        let owner = self.owners.get(&seq).map(|(owner, _)| *owner);
-        if let Some(live) = owner.and_then(|owner| self.live.get_mut(&owner)) {
+    fn count_in_flight(&mut self, owner: SeqId, tokens: i64) {
+        if let Some(live) = self.live.get_mut(&owner) {
             live.in_flight = live.in_flight.saturating_add_signed(tokens);
         }
     }
@@ -139,11 +140,14 @@ impl<D: Device> Engine<D> {
                 live.add_score(score);
             }
         }
+        // A choice may have ended since; what it drew has arrived for its request all the same.
+        for owner in step.draws {
+            self.count_in_flight(owner, -1);
+        }
         let mut drawn = outcome.sampled.into_iter();
         for planned in &step.plan.seqs {
             self.commit_prompt(planned.seq, planned.first + planned.new_tokens);
             for target in &planned.samples {
-                self.count_in_flight(target.seq, -1);
                 if let Some((token, logprobs)) = drawn.next() {
                     self.commit_token(target.seq, token, logprobs);
                 }

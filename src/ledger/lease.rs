@@ -206,10 +206,14 @@ impl Lease {
         self.counted.used.output += tokens;
     }
 
-    /// This request's part of a step's device time, and the bound that was held for it.
+    /// This request's part of a step's device time, and the bound on it. What is above the bound, or
+    /// not held, is the operator's.
     pub fn use_device(&mut self, device_ns: u64, bound_ns: u64) {
-        self.counted.used.device_ns += device_ns;
-        self.counted.used.billable_device_ns += device_ns.min(bound_ns);
+        let used = &mut self.counted.used;
+        used.device_ns += device_ns;
+        let billable_ns = used.billable_device_ns.saturating_add(device_ns.min(bound_ns));
+        let held_ns = self.account.as_ref().map_or(u64::MAX, Account::held_device_ns);
+        used.billable_device_ns = billable_ns.min(held_ns.max(used.billable_device_ns));
         self.counted.steps += 1;
     }
 
@@ -326,6 +330,14 @@ impl Account {
     fn limit(&self) -> NanoUsd {
         let granted = NanoUsd(self.shared.granted.load(Ordering::Acquire).into());
         self.opened.cap.map_or(granted, |cap| cap.min(granted))
+    }
+
+    /// Device time in all that the hold pays for, where that is billed.
+    fn held_device_ns(&self) -> u64 {
+        match self.opened.terms.billing {
+            Billing::Tokens => u64::MAX,
+            Billing::Device => self.opened.terms.rates.device_ns_within(self.limit()),
+        }
     }
 
     /// Input that is still to be computed is owed before any token: the hold is for it.

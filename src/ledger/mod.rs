@@ -6,6 +6,7 @@
 
 pub mod book;
 pub mod db;
+mod desk;
 pub mod lease;
 mod reader;
 pub mod rows;
@@ -14,6 +15,7 @@ pub mod thread;
 pub mod window;
 
 pub use book::{Book, transact};
+pub use desk::Desk;
 pub use lease::{Lease, LeaseEnd, Meterage};
 pub use reader::Reader;
 pub use rows::{

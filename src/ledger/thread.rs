@@ -1,14 +1,10 @@
-//! The ledger's thread: takes what has come, does it in one transaction, answers when it is durable.
-//!
-//! While one commit waits for the disk the next group gathers, so the group grows with the load and
-//! nobody waits for a timer.
+//! The way to the ledger's thread: what it is asked, and the answer once that is durable.
 
 use std::{
-    collections::{HashMap, VecDeque},
     sync::{
-        Arc, Weak,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{Sender, channel},
     },
     thread::JoinHandle,
     time::Duration,
@@ -19,30 +15,15 @@ use tokio::sync::oneshot;
 
 use super::{
     Book,
-    book::transact,
     db::{Db, DbError},
+    desk::Desk,
     lease::{Lease, LeaseLimits, Meterage, Shared},
-    rows::{Bill, EndCause, Event, Extension, Grant, Opened, Opening, Refusal},
+    rows::{Bill, EndCause, Event, Extension, Opening, Refusal},
 };
-use crate::{
-    clock::Clock,
-    types::{KeyId, RequestId},
-};
+use crate::{clock::Clock, types::RequestId};
 
-/// Jobs of one transaction.
-const GROUP_MAX: usize = 256;
 /// Requests that may wait for admission.
 const OPENINGS_MAX: usize = 4096;
-/// How often a server says that it lives and looks for others that do not, at least.
-const HEARTBEAT: Duration = Duration::from_secs(1);
-/// Words a server has until its leases end, so that one that is lost does not end them.
-const HEARTBEATS_PER_LIFE: u32 = 4;
-/// How long jobs that must happen wait before the next try, once the database has failed.
-const RETRY: Duration = Duration::from_millis(200);
-/// How often a database that fails is spoken of.
-const OUTAGE_SAID: Duration = Duration::from_secs(10);
-/// How long a client waits for a bill that cannot be written.
-const BILL_WAIT_MAX: Duration = Duration::from_secs(5);
 
 pub(super) type Closed = Box<dyn FnOnce(Option<Bill>) + Send>;
 
@@ -96,10 +77,10 @@ pub struct LedgerThread {
     pub thread: JoinHandle<()>,
 }
 
-type Work = Box<dyn FnMut(&mut Book<'_>) -> Result<(), DbError> + Send>;
-type Done = Box<dyn FnOnce(Result<(), String>) + Send>;
+pub(super) type Work = Box<dyn FnMut(&mut Book<'_>) -> Result<(), DbError> + Send>;
+pub(super) type Done = Box<dyn FnOnce(Result<(), String>) + Send>;
 
-enum Job {
+pub(super) enum Job {
     Open {
         opening: Box<Opening>,
         reply: oneshot::Sender<Result<Lease, LedgerError>>,
@@ -120,13 +101,13 @@ enum Job {
 }
 
 /// A request to be closed.
-struct Closing {
-    request: RequestId,
-    counted: Meterage,
-    cause: EndCause,
-    closed: Option<Closed>,
+pub(super) struct Closing {
+    pub request: RequestId,
+    pub counted: Meterage,
+    pub cause: EndCause,
+    pub closed: Option<Closed>,
     /// When it was first tried.
-    since_ns: Option<u64>,
+    pub since_ns: Option<u64>,
 }
 
 impl Outbox {
@@ -159,31 +140,30 @@ impl Outbox {
 impl Ledger {
     /// Joins the database and starts the thread. `on_event` hears what operators want to hear of.
     pub fn start(
-        mut db: Box<dyn Db>,
+        db: Box<dyn Db>,
         clock: Clock,
         options: LedgerOptions,
         on_event: impl Fn(&Event) + Send + 'static,
     ) -> Result<LedgerThread, DbError> {
+        let (ledger, desk) = Self::without_thread(db, clock, options, on_event)?;
+        let thread = std::thread::Builder::new().name("candela-ledger".into());
+        let thread = thread.spawn(move || desk.run());
+        let thread = thread.map_err(|error| DbError::Unavailable(error.to_string()))?;
+        Ok(LedgerThread { ledger, thread })
+    }
+
+    /// As `start`, and what the thread would do is left to the caller: simulations take turns.
+    pub fn without_thread(
+        mut db: Box<dyn Db>,
+        clock: Clock,
+        options: LedgerOptions,
+        on_event: impl Fn(&Event) + Send + 'static,
+    ) -> Result<(Self, Desk), DbError> {
         super::schema::migrate(&mut *db)?;
         let (sender, jobs) = channel();
-        let mut desk = Desk {
-            db,
-            outbox: Outbox(sender.clone()),
-            clock,
-            options: Arc::new(options),
-            valid_until_ns: Arc::new(AtomicU64::new(0)),
-            watched: HashMap::new(),
-            revision: -1,
-            unsettled: VecDeque::new(),
-            outage: None,
-            on_event: Box::new(on_event),
-        };
-        desk.join()?;
-        let thread = std::thread::Builder::new().name("candela-ledger".into());
-        let thread = thread.spawn(move || desk.run(&jobs));
-        let thread = thread.map_err(|error| DbError::Unavailable(error.to_string()))?;
-        let ledger = Self { outbox: Outbox(sender), openings: Arc::default() };
-        Ok(LedgerThread { ledger, thread })
+        let outbox = Outbox(sender);
+        let desk = Desk::join(db, outbox.clone(), jobs, clock, options, Box::new(on_event))?;
+        Ok((Self { outbox, openings: Arc::default() }, desk))
     }
 
     /// Admits a request: its lease once the hold is durable.
@@ -240,337 +220,4 @@ impl Drop for Counted {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
-}
-
-/// What the thread works with.
-struct Desk {
-    db: Box<dyn Db>,
-    /// For the leases it hands out.
-    outbox: Outbox,
-    clock: Clock,
-    options: Arc<LedgerOptions>,
-    valid_until_ns: Arc<AtomicU64>,
-    watched: HashMap<RequestId, (Option<KeyId>, Weak<Shared>)>,
-    /// Of the last look at who is revoked.
-    revision: i64,
-    /// Jobs that must happen and could not yet.
-    unsettled: VecDeque<Job>,
-    outage: Option<Outage>,
-    on_event: Box<dyn Fn(&Event) + Send>,
-}
-
-/// A time in which the database fails.
-struct Outage {
-    since_ns: u64,
-    say_ns: u64,
-    jobs: usize,
-}
-
-impl Desk {
-    fn join(&mut self) -> Result<(), DbError> {
-        let options = self.options.clone();
-        let ttl_ns = options.replica_ttl.as_nanos() as i64;
-        let asked_ns = self.clock.now_ns();
-        let (_, events) = transact(&mut *self.db, |book| {
-            let margin_ns = if options.exclusive { i64::MIN / 2 } else { 0 };
-            for replica in book.expired_replicas(margin_ns)? {
-                book.recover(&replica)?;
-            }
-            book.join(&options.replica, &options.name, ttl_ns)
-        })?;
-        self.extend_validity(asked_ns);
-        events.iter().for_each(|event| (self.on_event)(event));
-        Ok(())
-    }
-
-    /// How long leases may be used after the last word to the database.
-    fn life(&self) -> Duration {
-        self.options.replica_ttl.saturating_sub(self.options.clock_error_max)
-    }
-
-    /// Leases may be used until the database's clock could give this server up.
-    fn extend_validity(&self, asked_ns: u64) {
-        let span = self.life();
-        let until_ns = match self.options.exclusive {
-            true => u64::MAX,
-            false => asked_ns.saturating_add(span.as_nanos() as u64),
-        };
-        self.valid_until_ns.store(until_ns, Ordering::Release);
-    }
-
-    fn run(&mut self, jobs: &Receiver<Job>) {
-        let beat_every = HEARTBEAT.min(self.life() / HEARTBEATS_PER_LIFE);
-        let mut beat_ns = self.clock.now_ns();
-        let mut stopping = false;
-        while !stopping {
-            let since = Duration::from_nanos(self.clock.now_ns().saturating_sub(beat_ns));
-            let due = beat_every.saturating_sub(since);
-            let wait = if self.unsettled.is_empty() { due } else { due.min(RETRY) };
-            let mut group: Vec<Job> = self.unsettled.drain(..).collect();
-            match jobs.recv_timeout(wait) {
-                Ok(job) => group.push(job),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => stopping = true,
-            }
-            while group.len() < GROUP_MAX
-                && let Ok(job) = jobs.try_recv()
-            {
-                group.push(job);
-            }
-            stopping |= group.iter().any(|job| matches!(job, Job::Stop));
-            self.settle(group);
-            let now_ns = self.clock.now_ns();
-            if now_ns.saturating_sub(beat_ns) >= beat_every.as_nanos() as u64 {
-                beat_ns = now_ns;
-                self.beat();
-            }
-        }
-        self.leave(jobs);
-    }
-
-    /// Everything at once; one by one where that fails for a reason of one of them.
-    fn settle(&mut self, group: Vec<Job>) {
-        let mut group = group;
-        group.retain(|job| !matches!(job, Job::Stop));
-        if group.is_empty() {
-            return;
-        }
-        match self.attempt(&mut group) {
-            Ok(answers) => self.answer(group, answers),
-            Err(error) if group.len() > 1 && error.is_of_one_job() => {
-                for job in group {
-                    let mut alone = vec![job];
-                    match self.attempt(&mut alone) {
-                        Ok(answers) => self.answer(alone, answers),
-                        Err(error) => self.failed(alone, &error),
-                    }
-                }
-            }
-            Err(error) => self.failed(group, &error),
-        }
-    }
-
-    fn attempt(&mut self, group: &mut [Job]) -> Result<Vec<Answer>, DbError> {
-        let (watched, seen, options) = (&self.watched, self.revision, &self.options);
-        let asked_ns = self.clock.now_ns();
-        let ((answers, revoked, revision, known), events) = transact(&mut *self.db, |book| {
-            // A hold must belong to a server that others know of, or nobody would give it back.
-            let known = options.exclusive || present(book, options)?;
-            let answers = group.iter_mut().map(|job| perform(book, job, &options.replica));
-            let answers = answers.collect::<Result<Vec<_>, _>>()?;
-            let revision = book.revision();
-            let revoked = if revision == seen { Vec::new() } else { revoked(book, watched)? };
-            Ok((answers, revoked, revision, known))
-        })?;
-        self.heard(asked_ns, known);
-        self.revision = revision;
-        revoked.iter().for_each(|shared| shared.revoke());
-        events.iter().for_each(|event| (self.on_event)(event));
-        for job in group.iter() {
-            if let Job::Close(closing) = job {
-                self.watched.remove(&closing.request);
-            }
-        }
-        Ok(answers)
-    }
-
-    /// Tells what is durable now.
-    fn answer(&mut self, group: Vec<Job>, answers: Vec<Answer>) {
-        for (job, answer) in group.into_iter().zip(answers) {
-            match (job, answer) {
-                (Job::Run { done, .. }, _) => done(Ok(())),
-                (Job::Open { opening, reply }, Answer::Opened(opened)) => {
-                    let lease = (*opened).map(|opened| self.lease(opening.request, opened));
-                    // Where the client has left meanwhile, dropping the lease closes the request.
-                    let _ = reply.send(lease.map_err(LedgerError::Refused));
-                }
-                (Job::Extend { asked, shared }, Answer::Grant(grant)) => {
-                    shared.answer(grant.granted, grant.denied, asked.used.output);
-                }
-                (Job::Close(closing), Answer::Bill(bill)) => {
-                    if let Some(closed) = closing.closed {
-                        closed(bill);
-                    }
-                }
-                _ => {}
-            }
-        }
-    }
-
-    fn lease(&mut self, request: RequestId, opened: Opened) -> Lease {
-        let shared = Arc::new(Shared::new(opened.granted, self.valid_until_ns.clone()));
-        let watch = (opened.chain.key.clone(), Arc::downgrade(&shared));
-        self.watched.insert(request.clone(), watch);
-        let (outbox, clock) = (self.outbox.clone(), self.clock.clone());
-        Lease::new(request, opened, shared, outbox, clock, self.options.lease)
-    }
-
-    /// Nothing of `group` happened.
-    fn failed(&mut self, group: Vec<Job>, error: &DbError) {
-        if error.is_of_one_job() {
-            tracing::error!(%error, jobs = group.len(), "the ledger did not take a job");
-        } else {
-            self.down(error, group.len());
-        }
-        for job in group {
-            match job {
-                Job::Run { done, .. } => done(Err(error.to_string())),
-                Job::Open { opening, reply } => {
-                    if matches!(error, DbError::Uncertain(_)) {
-                        self.unsettled.push_back(Job::Forget(opening.request.clone()));
-                    }
-                    let _ = reply.send(Err(LedgerError::Unavailable(error.to_string())));
-                }
-                Job::Extend { shared, .. } => shared.unanswered(),
-                Job::Close(closing) => self.keep(closing),
-                Job::Forget(_) => self.unsettled.push_back(job),
-                Job::Stop => {}
-            }
-        }
-    }
-
-    /// It is tried until it is done; its client is told without a bill when that takes too long.
-    fn keep(&mut self, mut closing: Box<Closing>) {
-        let now_ns = self.clock.now_ns();
-        let since_ns = *closing.since_ns.get_or_insert(now_ns);
-        if now_ns.saturating_sub(since_ns) >= BILL_WAIT_MAX.as_nanos() as u64
-            && let Some(closed) = closing.closed.take()
-        {
-            closed(None);
-        }
-        self.unsettled.push_back(Job::Close(closing));
-    }
-
-    /// Says that this server lives, gives up those that do not, and hears of revocations.
-    fn beat(&mut self) {
-        let options = self.options.clone();
-        let asked_ns = self.clock.now_ns();
-        let (watched, seen) = (&self.watched, self.revision);
-        let beaten = transact(&mut *self.db, |book| {
-            let known = present(book, &options)?;
-            for replica in book.expired_replicas(0)? {
-                if replica != options.replica {
-                    book.recover(&replica)?;
-                }
-            }
-            let revision = book.revision();
-            let revoked = if revision == seen { Vec::new() } else { revoked(book, watched)? };
-            Ok((revoked, revision, known))
-        });
-        match beaten {
-            Ok(((revoked, revision, known), events)) => {
-                self.heard(asked_ns, known);
-                self.revision = revision;
-                revoked.iter().for_each(|shared| shared.revoke());
-                events.iter().for_each(|event| (self.on_event)(event));
-            }
-            Err(error) => self.down(&error, 0),
-        }
-        self.watched.retain(|_, (_, shared)| shared.strong_count() > 0);
-    }
-
-    /// The database answered a word of `asked_ns`. Where it did not know this server any more, the
-    /// leases of before are not valid again: their holds were given back.
-    fn heard(&mut self, asked_ns: u64, known: bool) {
-        if let Some(outage) = self.outage.take() {
-            let seconds = self.clock.now_ns().saturating_sub(outage.since_ns) / 1_000_000_000;
-            tracing::info!(seconds, jobs = outage.jobs, "the ledger is written again");
-        }
-        if !known {
-            tracing::error!("the ledger had given this server up: its running requests end");
-            let leases = self.watched.values().filter_map(|(_, shared)| shared.upgrade());
-            leases.for_each(|shared| shared.lose());
-        }
-        self.extend_validity(asked_ns);
-    }
-
-    /// Says that the database fails, at first and then now and then.
-    fn down(&mut self, error: &DbError, jobs: usize) {
-        let now_ns = self.clock.now_ns();
-        let begun = || Outage { since_ns: now_ns, say_ns: now_ns, jobs: 0 };
-        let outage = self.outage.get_or_insert_with(begun);
-        outage.jobs += jobs;
-        if now_ns >= outage.say_ns {
-            outage.say_ns = now_ns.saturating_add(OUTAGE_SAID.as_nanos() as u64);
-            tracing::error!(%error, jobs = outage.jobs, "the ledger could not be written");
-        }
-    }
-
-    /// Closes what is still to be closed and signs off.
-    fn leave(&mut self, jobs: &Receiver<Job>) {
-        let rest: Vec<Job> = self.unsettled.drain(..).chain(jobs.try_iter()).collect();
-        self.settle(rest);
-        let replica = self.options.replica.clone();
-        if let Err(error) = transact(&mut *self.db, |book| book.recover(&replica)) {
-            tracing::error!(%error, "the ledger was left with open holds; the next start gives them up");
-        }
-    }
-}
-
-/// Says that this server lives. False where the database did not know it any more.
-fn present(book: &mut Book<'_>, options: &LedgerOptions) -> Result<bool, DbError> {
-    let ttl_ns = options.replica_ttl.as_nanos() as i64;
-    let known = book.heartbeat(&options.replica, ttl_ns)?;
-    if !known {
-        book.join(&options.replica, &options.name, ttl_ns)?;
-    }
-    Ok(known)
-}
-
-/// What a job led to, to be told once it is durable.
-enum Answer {
-    None,
-    Opened(Box<Result<Opened, Refusal>>),
-    Grant(Grant),
-    Bill(Option<Bill>),
-}
-
-fn perform(book: &mut Book<'_>, job: &mut Job, replica: &str) -> Result<Answer, DbError> {
-    Ok(match job {
-        Job::Open { opening, .. } => Answer::Opened(Box::new(book.open(opening, replica)?)),
-        Job::Run { work, .. } => {
-            work(book)?;
-            Answer::None
-        }
-        Job::Extend { asked, .. } => Answer::Grant(book.extend(asked)?),
-        Job::Close(closing) => {
-            let Closing { request, counted, cause, since_ns, .. } = &**closing;
-            let bill = book.close(request, &counted.used, *cause, counted.steps)?;
-            // An earlier try may have been done although its answer was lost.
-            let bill = match bill {
-                None if since_ns.is_some() => book.settled(request)?,
-                bill => bill,
-            };
-            Answer::Bill(bill)
-        }
-        Job::Forget(request) => {
-            book.forget(request)?;
-            Answer::None
-        }
-        Job::Stop => Answer::None,
-    })
-}
-
-/// Leases of watched requests whose key has ended.
-fn revoked(
-    book: &mut Book<'_>,
-    watched: &HashMap<RequestId, (Option<KeyId>, Weak<Shared>)>,
-) -> Result<Vec<Arc<Shared>>, DbError> {
-    let mut ended: HashMap<&KeyId, bool> = HashMap::new();
-    let mut found = Vec::new();
-    for (key, shared) in watched.values() {
-        let Some(key) = key else { continue };
-        let gone = match ended.get(key) {
-            Some(gone) => *gone,
-            None => {
-                let gone = !book.key_is_valid(key)?;
-                ended.insert(key, gone);
-                gone
-            }
-        };
-        if gone && let Some(shared) = shared.upgrade() {
-            found.push(shared);
-        }
-    }
-    Ok(found)
 }

@@ -75,6 +75,13 @@ impl Rates {
     pub fn device_cost(&self, device_ns: u64) -> NanoUsd {
         NanoUsd(div_ceil(i128::from(device_ns) * self.device_second.0, NS_PER_S))
     }
+
+    /// The most device time whose cost, with the request's fee, stays within `amount`.
+    pub fn device_ns_within(&self, amount: NanoUsd) -> u64 {
+        let left = (amount.0 - self.request.0).max(0).saturating_mul(NS_PER_S);
+        let most_ns = left.checked_div(self.device_second.0).unwrap_or(i128::MAX);
+        u64::try_from(most_ns).unwrap_or(u64::MAX)
+    }
 }
 
 impl Terms {
@@ -137,6 +144,10 @@ mod tests {
         for (ns, expected) in [(0, 0), (1, 1), (1_000_000, 1), (1_000_001, 2)] {
             assert_eq!(rates.device_cost(ns), NanoUsd(expected), "{ns} ns");
         }
+        for (amount, expected) in [(0, 0), (9, 0), (10, 0), (11, 1_000_000), (15, 5_000_000)] {
+            assert_eq!(rates.device_ns_within(NanoUsd(amount)), expected, "{amount}");
+        }
+        assert_eq!(fine.device_ns_within(NanoUsd(0)), u64::MAX, "time that costs nothing");
     }
 
     proptest! {

@@ -4,12 +4,16 @@
 pub mod books;
 #[allow(dead_code, reason = "not every test wants a hub")]
 pub mod hub;
+#[allow(dead_code, reason = "not every test makes models")]
+pub mod model_files;
 #[allow(dead_code, reason = "not every test wants a database server")]
 pub mod postgres;
 #[allow(dead_code, reason = "not every test breaks a database")]
 pub mod rig;
 #[allow(dead_code, reason = "not every test wants a server")]
 pub mod server;
+#[allow(dead_code, reason = "not every test wants a model of no size")]
+pub mod tiny;
 
 use std::path::{Path, PathBuf};
 

@@ -1,7 +1,9 @@
 //! A server process on the default model, and a client of it.
 
 use std::{
+    ffi::OsStr,
     io::{BufRead, BufReader, Read},
+    path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -16,7 +18,7 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 /// Killed when dropped. Its model is called `m`.
 pub struct Server {
     process: Child,
-    data_dir: tempfile::TempDir,
+    data_dir: Arc<tempfile::TempDir>,
     pub url: String,
     pub http: reqwest::Client,
     log: Arc<Mutex<String>>,
@@ -24,22 +26,34 @@ pub struct Server {
 
 impl Server {
     pub fn start(extra: &[&str]) -> Self {
-        let path = super::default_model();
-        let data_dir = tempfile::tempdir().expect("a directory");
+        let data_dir = Arc::new(tempfile::tempdir().expect("a directory"));
+        let started = Self::start_in(data_dir, &super::default_model(), extra, &[]);
+        started.unwrap_or_else(|log| panic!("{log}"))
+    }
+
+    /// On a data directory of before, with more in its environment. How it ended and its log, where that is
+    /// before it listens.
+    pub fn start_in(
+        data_dir: Arc<tempfile::TempDir>,
+        model: &Path,
+        extra: &[&str],
+        variables: &[(&str, &OsStr)],
+    ) -> Result<Self, String> {
         let mut process = Command::new(env!("CARGO_BIN_EXE_candela"))
             .args(["serve", "--port", "0", "--served-model-name", "m", "--log-format", "json"])
             .arg("--model")
-            .arg(path)
+            .arg(model)
             .arg("--data-dir")
             .arg(data_dir.path())
             .args(extra)
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .expect("starts");
         let log = Arc::new(Mutex::new(String::new()));
         let mut errors = process.stderr.take().expect("piped");
-        std::thread::spawn({
+        let reader = std::thread::spawn({
             let log = log.clone();
             move || {
                 let mut part = [0; 4096];
@@ -52,10 +66,13 @@ impl Server {
         let mut line = String::new();
         let out = process.stdout.take().expect("piped");
         BufReader::new(out).read_line(&mut line).expect("says where it listens");
-        let url = line.split("on ").nth(1).map(|url| url.trim().to_owned());
-        let url = url.unwrap_or_else(|| panic!("{}", log.lock().expect("not poisoned")));
+        let Some(url) = line.split("on ").nth(1).map(|url| url.trim().to_owned()) else {
+            let status = process.wait().expect("ends");
+            reader.join().expect("reads");
+            return Err(format!("{status}: {}", log.lock().expect("not poisoned")));
+        };
         let http = reqwest::Client::builder().no_proxy().build().expect("client");
-        Self { process, data_dir, url, http, log }
+        Ok(Self { process, data_dir, url, http, log })
     }
 
     pub async fn send(&self, method: Method, path: &str, body: &Value) -> reqwest::Response {
@@ -89,6 +106,16 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         panic!("no line with {parts:?} in {}", self.log.lock().expect("not poisoned"));
+    }
+
+    /// Asks it to shut down.
+    pub fn terminate(&self) {
+        let asked = Command::new("kill").arg(self.id().to_string()).status();
+        assert!(asked.is_ok(), "{asked:?}");
+    }
+
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        self.process.wait().expect("waits")
     }
 
     pub fn data_dir(&self) -> &std::path::Path {

@@ -9,7 +9,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    gguf_files, model_files,
+    common::model_files,
+    gguf_files,
     runner::{Runner, argmax, error_max},
 };
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use half::{bf16, f16};
 use serde_json::{Map, Value};
 
-use super::model_files::{bytes, sizes, values};
+use super::common::model_files::{bytes, sizes, values};
 
 const ALIGN: usize = 32;
 

@@ -5,6 +5,5 @@
 mod common;
 mod families;
 mod gguf_files;
-mod model_files;
 mod real;
 mod runner;

@@ -85,6 +85,8 @@ struct Load {
     outstanding_tokens_max: u64,
     /// Simulated seconds a real one.
     speed: u32,
+    /// Simulated time over which they arrive.
+    arrive_over: Duration,
 }
 
 impl Default for Load {
@@ -98,6 +100,7 @@ impl Default for Load {
             varied: true,
             outstanding_tokens_max: 256,
             speed: 1,
+            arrive_over: Duration::ZERO,
         }
     }
 }
@@ -242,6 +245,7 @@ impl Load {
 
     async fn drive(&self, ledger: &Ledger, world: &mut World, live: &Live) -> (Vec<Seen>, usize) {
         let mut random = StdRng::seed_from_u64(7);
+        let begun_ns = world.clock.now_ns();
         let streams: Vec<_> = (0..self.streams)
             .map(|index| {
                 let cap = (self.varied && random.random_ratio(1, 4))
@@ -269,8 +273,13 @@ impl Load {
                     cap: cap.map(NanoUsd),
                     ..opening
                 };
-                let (ledger, live) = (ledger.clone(), live.clone());
+                let (ledger, live, clock) = (ledger.clone(), live.clone(), world.clock.clone());
+                let arrives = self.arrive_over * index as u32 / self.streams as u32;
+                let arrives_ns = begun_ns + arrives.as_nanos() as u64;
                 tokio::spawn(async move {
+                    while clock.now_ns() < arrives_ns {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
                     let id = opening.request.clone();
                     let lease = ledger.open(opening).await.ok()?;
                     let seen = stream.run(lease, id.clone(), cap, live.clone()).await;
@@ -408,8 +417,16 @@ async fn a_budget_is_used_to_within_one_token() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn windows_roll_over_under_load() {
     // An hour takes two seconds.
-    let budgets: &[_] = &[("tenant:red", Span::Hour, 400_000), ("global", Span::Day, 1 << 40)];
-    let load = Load { streams: 200, budgets, tokens_max: 3000, speed: 1800, ..Load::default() };
+    let budgets: &[_] = &[("tenant:red", Span::Hour, 4_000_000), ("global", Span::Day, 1 << 40)];
+    let arrive_over = Duration::from_secs(2 * 3600);
+    let load = Load {
+        streams: 200,
+        budgets,
+        tokens_max: 300,
+        speed: 1800,
+        arrive_over,
+        ..Load::default()
+    };
     let mut after = load.check("rolling windows").await;
     let windows =
         after.world.number("SELECT COUNT(*) FROM window_total WHERE span = 'hour' AND posted > 0");

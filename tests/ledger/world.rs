@@ -1,6 +1,6 @@
 //! A ledger in a real file under a simulated clock, which is checked after every transaction.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use candela::{
     clock::Clock,
@@ -8,7 +8,7 @@ use candela::{
         Bill, Book, EndCause, Extension, Grant, Opened, Opening, Payer, Policy, Refusal, Span,
         Zone,
         book::{Budget, KeySpec, PriceSpec, Role, inspect, key_hash, transact},
-        db::{Db, DbError, Sqlite},
+        db::{Db, DbError, Row, Sqlite},
         schema::migrate,
     },
     price::{Billing, Rates, Tally},
@@ -25,7 +25,7 @@ pub const KEYS: [(&str, &str); 4] =
     [("k0", "red"), ("k1", "red"), ("k2", "green"), ("k3", "green")];
 
 pub struct World {
-    pub dir: tempfile::TempDir,
+    pub dir: Arc<tempfile::TempDir>,
     /// `None` only between a crash and the start after it.
     db: Option<Sqlite>,
     pub clock: Clock,
@@ -42,7 +42,7 @@ impl World {
         let clock = Clock::simulated();
         let start: jiff::Timestamp = START.parse().expect("a time");
         clock.set_wall(start.as_second() * NS_PER_S);
-        let dir = tempfile::tempdir().expect("a directory");
+        let dir = Arc::new(tempfile::tempdir().expect("a directory"));
         let mut world =
             Self { dir, db: None, clock, replica: String::new(), lives: 0, requests: 0 };
         world.start();
@@ -110,7 +110,7 @@ impl World {
             FROM window_total JOIN budget ON budget.scope = window_total.scope
             AND budget.span = window_total.span";
         let rows = self.db().query(sql, &[]).expect("reads");
-        let row = |row: &candela::ledger::db::Row| {
+        let row = |row: &Row| {
             let key = (row.text(0)?.to_owned(), row.text(1)?.to_owned(), row.int(2)?);
             Ok((key, (row.int(3)?, row.int(4)?)))
         };
@@ -153,7 +153,7 @@ impl World {
         });
         assert!(copied.is_err());
         self.db = None;
-        self.dir = dir;
+        self.dir = Arc::new(dir);
         self.start();
     }
 
@@ -177,6 +177,15 @@ impl World {
 
     pub fn advance(&self, seconds: u64) {
         self.clock.advance(Duration::from_secs(seconds));
+    }
+
+    /// Numbers of a request's row.
+    pub fn request(&mut self, id: &str) -> Row {
+        let sql = "SELECT posted, uncached_input, output, state, end_cause, granted FROM request
+            WHERE id = $1";
+        let mut rows = self.db().query(sql, &[id.into()]).expect("reads");
+        assert_eq!(rows.len(), 1, "request {id}");
+        rows.remove(0)
     }
 
     /// One number of one row.
@@ -254,6 +263,13 @@ pub fn cost(rates: &Rates, used: &Tally) -> i128 {
     let anything = *used != Tally::default();
     let whole = millionths / 1_000_000 + i128::from(millionths % 1_000_000 > 0);
     if anything { rates.request.0 + whole } else { 0 }
+}
+
+/// Ten input tokens and one of output.
+pub const HOLD: i128 = 10 * 150 + 600;
+
+pub fn ask(id: &RequestId, used: Tally, wanted: i128, least: i128) -> Extension {
+    Extension { request: id.clone(), used, wanted: NanoUsd(wanted), least: NanoUsd(least) }
 }
 
 /// Where a file of the program lies below a data directory.
