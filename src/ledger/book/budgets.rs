@@ -55,42 +55,74 @@ impl Headroom {
     }
 }
 
+const BUDGETS: &str =
+    "SELECT span, zone, limit_nano, soft FROM budget WHERE scope = $1 ORDER BY span";
+const TOTAL: &str = "SELECT posted, held, fired FROM window_total
+    WHERE scope = $1 AND span = $2 AND start_s = $3";
+
+fn total_key(budget: &Budget, at_ns: i64) -> TotalKey {
+    (budget.scope.clone(), budget.span, start_s(budget.span, &budget.zone, at_ns))
+}
+
 impl Book<'_> {
     /// Budgets of one scope.
     pub fn budgets(&mut self, scope: &str) -> Result<Vec<Budget>, DbError> {
-        if let Some(known) = self.budgets.get(scope) {
-            return Ok(known.clone());
+        if !self.budgets.contains_key(scope) {
+            self.read_ahead(&[scope.to_owned()], self.now_ns)?;
         }
-        let sql = "SELECT span, zone, limit_nano, soft FROM budget WHERE scope = $1 ORDER BY span";
-        let rows = self.query(sql, &[scope.into()])?;
-        let found = rows.iter().map(|row| read(scope, row)).collect::<Result<Vec<_>, _>>()?;
-        self.budgets.insert(scope.to_owned(), found.clone());
-        Ok(found)
+        Ok(self.budgets.get(scope).cloned().unwrap_or_default())
+    }
+
+    /// Reads the budgets of `scopes` and their windows of `at_ns`, each kind at once, where they are
+    /// not known yet.
+    fn read_ahead(&mut self, scopes: &[String], at_ns: i64) -> Result<(), DbError> {
+        let mut wanted = scopes.to_vec();
+        wanted.retain(|scope| !self.budgets.contains_key(scope));
+        if !wanted.is_empty() {
+            let values: Vec<_> = wanted.iter().map(|scope| vec![scope.as_str().into()]).collect();
+            let found = self.query_each(BUDGETS, &values)?;
+            for (scope, rows) in wanted.into_iter().zip(found) {
+                let found = rows.iter().map(|row| read(&scope, row)).collect::<Result<_, _>>()?;
+                self.budgets.insert(scope, found);
+            }
+        }
+        let budgets = scopes.iter().filter_map(|scope| self.budgets.get(scope)).flatten();
+        let keys = budgets.map(|budget| total_key(budget, at_ns)).collect();
+        self.read_totals(keys)
+    }
+
+    fn read_totals(&mut self, mut keys: Vec<TotalKey>) -> Result<(), DbError> {
+        keys.retain(|key| !self.totals.contains_key(key));
+        if !keys.is_empty() {
+            let values = |(scope, span, start_s): &TotalKey| {
+                vec![scope.as_str().into(), span.name().into(), (*start_s).into()]
+            };
+            let values: Vec<_> = keys.iter().map(values).collect();
+            let found = self.query_each(TOTAL, &values)?;
+            for (key, rows) in keys.into_iter().zip(found) {
+                let total = match rows.first() {
+                    Some(row) => {
+                        let (posted, held) = (row.int(0)?, row.int(1)?);
+                        Total { posted, held, fired: row.int(2)?, changed: false }
+                    }
+                    None => Total::default(),
+                };
+                self.totals.insert(key, total);
+            }
+        }
+        Ok(())
     }
 
     fn total(&mut self, budget: &Budget, at_ns: i64) -> Result<(TotalKey, Total), DbError> {
-        let start_s = start_s(budget.span, &budget.zone, at_ns);
-        let key = (budget.scope.clone(), budget.span, start_s);
-        if let Some(total) = self.totals.get(&key) {
-            return Ok((key, *total));
-        }
-        let row = self.one(
-            "SELECT posted, held, fired FROM window_total
-            WHERE scope = $1 AND span = $2 AND start_s = $3",
-            &[budget.scope.as_str().into(), budget.span.name().into(), start_s.into()],
-        )?;
-        let total = match row {
-            Some(row) => {
-                Total { posted: row.int(0)?, held: row.int(1)?, fired: row.int(2)?, changed: false }
-            }
-            None => Total::default(),
-        };
-        self.totals.insert(key.clone(), total);
+        let key = total_key(budget, at_ns);
+        self.read_totals(vec![key.clone()])?;
+        let total = self.totals.get(&key).copied().unwrap_or_default();
         Ok((key, total))
     }
 
     /// What the budgets of `scopes` leave now.
     pub(super) fn headroom(&mut self, scopes: &[String]) -> Result<Headroom, DbError> {
+        self.read_ahead(scopes, self.now_ns)?;
         let mut tightest = Headroom { left: None, held: 0, window: None };
         for scope in scopes {
             for budget in self.budgets(scope)? {
@@ -114,6 +146,7 @@ impl Book<'_> {
         scopes: &[String],
         amount: i64,
     ) -> Result<Result<(), Refusal>, DbError> {
+        self.read_ahead(scopes, self.now_ns)?;
         for scope in scopes {
             for budget in self.budgets(scope)? {
                 let (_, total) = self.total(&budget, self.now_ns)?;
@@ -165,6 +198,7 @@ impl Book<'_> {
         posted: i64,
         held: i64,
     ) -> Result<(), DbError> {
+        self.read_ahead(scopes, at_ns)?;
         for scope in scopes {
             for budget in self.budgets(scope)? {
                 let (key, total) = self.total(&budget, at_ns)?;
@@ -204,7 +238,7 @@ impl Book<'_> {
             if !total.changed {
                 continue;
             }
-            self.execute(
+            self.write(
                 "INSERT INTO window_total (scope, span, start_s, posted, held, fired)
                 VALUES ($1, $2, $3, $4, $5, $6)
                 ON CONFLICT (scope, span, start_s) DO UPDATE
@@ -226,7 +260,7 @@ impl Book<'_> {
     pub fn set_budget(&mut self, budget: &Budget) -> Result<(), DbError> {
         let old = self.budgets(&budget.scope)?.into_iter().find(|old| old.span == budget.span);
         let soft: Vec<String> = budget.soft_percent.iter().map(u8::to_string).collect();
-        self.execute(
+        self.write(
             "INSERT INTO budget (scope, span, zone, limit_nano, soft, created_ns)
             VALUES ($1, $2, $3, $4, $5, $6)
             ON CONFLICT (scope, span) DO UPDATE SET zone = excluded.zone,
@@ -250,7 +284,7 @@ impl Book<'_> {
     /// Whether there was one. What is held and posted stays with the wider budgets.
     pub fn delete_budget(&mut self, scope: &str, span: Span) -> Result<bool, DbError> {
         let key = [scope.into(), span.name().into()];
-        self.execute("DELETE FROM window_total WHERE scope = $1 AND span = $2", &key)?;
+        self.write("DELETE FROM window_total WHERE scope = $1 AND span = $2", &key)?;
         self.totals.retain(|(of, other, _), _| of != scope || *other != span);
         self.budgets.remove(scope);
         Ok(self.execute("DELETE FROM budget WHERE scope = $1 AND span = $2", &key)? > 0)
@@ -259,7 +293,7 @@ impl Book<'_> {
     /// Sums transfers and open leases into windows, for a budget that is new.
     fn rebuild_totals(&mut self, budget: &Budget) -> Result<(), DbError> {
         let key = [budget.scope.as_str().into(), budget.span.name().into()];
-        self.execute("DELETE FROM window_total WHERE scope = $1 AND span = $2", &key)?;
+        self.write("DELETE FROM window_total WHERE scope = $1 AND span = $2", &key)?;
         self.totals.retain(|(of, span, _), _| *of != budget.scope || *span != budget.span);
         let leases = self.open_leases(&budget.scope)?;
         // Windows that are over matter only to leases that still run.

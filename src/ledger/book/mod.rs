@@ -117,7 +117,7 @@ impl<'a> Book<'a> {
         self.write_totals()?;
         for event in std::mem::take(&mut self.events) {
             let id = self.next("event");
-            self.execute(
+            self.write(
                 "INSERT INTO event (id, at_ns, kind, scope, detail) VALUES ($1, $2, $3, $4, $5)",
                 &[
                     id.into(),
@@ -133,7 +133,7 @@ impl<'a> Book<'a> {
             for (name, value) in std::mem::take(&mut self.counters) {
                 if self.counters_read.get(name) != Some(&value) {
                     let sql = "UPDATE meta SET value = $1 WHERE name = $2";
-                    self.execute(sql, &[value.into(), name.into()])?;
+                    self.write(sql, &[value.into(), name.into()])?;
                 }
             }
         }
@@ -157,6 +157,20 @@ impl<'a> Book<'a> {
 
     fn one(&mut self, sql: &'static str, values: &[Val]) -> Result<Option<Row>, DbError> {
         Ok(self.db.query(sql, values)?.into_iter().next())
+    }
+
+    fn query_each(
+        &mut self,
+        sql: &'static str,
+        values: &[Vec<Val>],
+    ) -> Result<Vec<Vec<Row>>, DbError> {
+        self.db.query_each(sql, values)
+    }
+
+    /// As `execute`, where the number of rows does not matter; see [`Db::write`].
+    fn write(&mut self, sql: &'static str, values: &[Val]) -> Result<(), DbError> {
+        self.written = true;
+        self.db.write(sql, values)
     }
 
     fn execute(&mut self, sql: &'static str, values: &[Val]) -> Result<u64, DbError> {

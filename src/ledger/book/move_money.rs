@@ -72,7 +72,7 @@ impl Book<'_> {
     pub(super) fn transfer(&mut self, moved: &Move<'_>) -> Result<(), DbError> {
         let id = self.next("transfer");
         let chain = moved.chain;
-        self.execute(
+        self.write(
             "INSERT INTO transfer (id, at_ns, window_ns, kind, debit, credit, amount, request_id,
             org_id, tenant_id, key_id, memo)
             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
@@ -94,7 +94,7 @@ impl Book<'_> {
         for (account, debit, credit) in
             [(moved.debit, moved.amount, 0), (moved.credit, 0, moved.amount)]
         {
-            self.execute(
+            self.write(
                 "INSERT INTO account (id, debits, credits) VALUES ($1, $2, $3)
                 ON CONFLICT (id) DO UPDATE SET debits = account.debits + excluded.debits,
                 credits = account.credits + excluded.credits",

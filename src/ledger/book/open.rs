@@ -124,7 +124,7 @@ impl Book<'_> {
             ("open", _) => Ok(Err(Refusal::IdempotencyRunning(earlier))),
             // It came to nothing and cost nothing: this is its second chance.
             (_, 0) => {
-                self.execute(
+                self.write(
                     "DELETE FROM idempotency WHERE tenant_id = $1 AND name = $2",
                     &[tenant.as_str().into(), name.as_str().into()],
                 )?;
@@ -164,7 +164,7 @@ impl Book<'_> {
         replica: &str,
     ) -> Result<(), DbError> {
         let id = opening.request.as_str();
-        self.execute(
+        self.write(
             "INSERT INTO request (id, org_id, tenant_id, key_id, model, user_label, metadata,
             price_version, choices, replica, state, opened_ns, closed_ns, granted, posted,
             uncached_input, cached_input, output, device_ns, billable_device_ns, token_cost,
@@ -189,7 +189,7 @@ impl Book<'_> {
         let lease = LeaseRow { number: 1, granted_ns: self.now_ns, amount: hold, posted: 0 };
         self.write_lease(&opening.request, &lease)?;
         if let Some((name, hash)) = &opening.idempotency {
-            self.execute(
+            self.write(
                 "INSERT INTO idempotency (tenant_id, name, body_hash, request_id, created_ns)
                 VALUES ($1, $2, $3, $4, $5)",
                 &[

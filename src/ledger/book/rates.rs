@@ -4,7 +4,10 @@
 //! all that was used is paid off. A minute's worth may be used at once.
 
 use super::Book;
-use crate::ledger::{db::DbError, rows::Refusal};
+use crate::ledger::{
+    db::{DbError, Row},
+    rows::Refusal,
+};
 
 const MINUTE_NS: i64 = 60_000_000_000;
 
@@ -24,27 +27,18 @@ struct State {
 }
 
 impl Book<'_> {
-    fn rate(&mut self, scope: &str) -> Result<Option<State>, DbError> {
-        let row = self.one(
-            "SELECT requests_per_minute, tokens_per_minute, sequences_max, requests_free_ns,
-            tokens_free_ns, sequences FROM rate_limit WHERE scope = $1",
-            &[scope.into()],
-        )?;
-        let Some(row) = row else { return Ok(None) };
-        Ok(Some(State {
-            limit: RateLimit {
-                requests_per_minute: row.int_or_null(0)?,
-                tokens_per_minute: row.int_or_null(1)?,
-                sequences_max: row.int_or_null(2)?,
-            },
-            requests_free_ns: row.int(3)?,
-            tokens_free_ns: row.int(4)?,
-            sequences: row.int(5)?,
-        }))
+    /// What is limited among `scopes`, with how far it is used.
+    fn rates<'a>(&mut self, scopes: &'a [String]) -> Result<Vec<(&'a String, State)>, DbError> {
+        let values: Vec<_> = scopes.iter().map(|scope| vec![scope.as_str().into()]).collect();
+        let sql = "SELECT requests_per_minute, tokens_per_minute, sequences_max, requests_free_ns,
+            tokens_free_ns, sequences FROM rate_limit WHERE scope = $1";
+        let found = self.query_each(sql, &values)?;
+        let of_scope = scopes.iter().zip(&found);
+        of_scope.filter_map(|(scope, rows)| Some((scope, rows.first()?))).map(state).collect()
     }
 
     fn write_rate(&mut self, scope: &str, state: &State) -> Result<(), DbError> {
-        self.execute(
+        self.write(
             "UPDATE rate_limit SET requests_free_ns = $1, tokens_free_ns = $2, sequences = $3
             WHERE scope = $4",
             &[
@@ -65,8 +59,7 @@ impl Book<'_> {
         sequences: u32,
     ) -> Result<Result<(), Refusal>, DbError> {
         let mut next = Vec::new();
-        for scope in scopes {
-            let Some(mut state) = self.rate(scope)? else { continue };
+        for (scope, mut state) in self.rates(scopes)? {
             if let Err(refusal) = state.begin(scope, self.now_ns, input_tokens, sequences) {
                 return Ok(Err(refusal));
             }
@@ -85,8 +78,7 @@ impl Book<'_> {
         output_tokens: u64,
         ended_sequences: i64,
     ) -> Result<(), DbError> {
-        for scope in scopes {
-            let Some(mut state) = self.rate(scope)? else { continue };
+        for (scope, mut state) in self.rates(scopes)? {
             if let Some(limit) = state.limit.tokens_per_minute {
                 state.tokens_free_ns = state
                     .tokens_free_ns
@@ -101,13 +93,19 @@ impl Book<'_> {
 
     /// The limits of a scope.
     pub fn rate_limit(&mut self, scope: &str) -> Result<RateLimit, DbError> {
-        Ok(self.rate(scope)?.map(|state| state.limit).unwrap_or_default())
+        let scopes = [scope.to_owned()];
+        Ok(self
+            .rates(&scopes)?
+            .into_iter()
+            .next()
+            .map(|(_, state)| state.limit)
+            .unwrap_or_default())
     }
 
     /// Changes the limits of a scope; what runs is counted from the start.
     pub fn set_rate_limit(&mut self, scope: &str, limit: &RateLimit) -> Result<(), DbError> {
         let sequences = self.open_sequences(scope)?;
-        self.execute(
+        self.write(
             "INSERT INTO rate_limit (scope, requests_per_minute, tokens_per_minute, sequences_max,
             requests_free_ns, tokens_free_ns, sequences) VALUES ($1, $2, $3, $4, 0, 0, $5)
             ON CONFLICT (scope) DO UPDATE SET requests_per_minute = excluded.requests_per_minute,
@@ -128,6 +126,16 @@ impl Book<'_> {
     pub fn delete_rate_limit(&mut self, scope: &str) -> Result<bool, DbError> {
         Ok(self.execute("DELETE FROM rate_limit WHERE scope = $1", &[scope.into()])? > 0)
     }
+}
+
+fn state<'a>((scope, row): (&'a String, &Row)) -> Result<(&'a String, State), DbError> {
+    let limit = RateLimit {
+        requests_per_minute: row.int_or_null(0)?,
+        tokens_per_minute: row.int_or_null(1)?,
+        sequences_max: row.int_or_null(2)?,
+    };
+    let (requests_free_ns, tokens_free_ns) = (row.int(3)?, row.int(4)?);
+    Ok((scope, State { limit, requests_free_ns, tokens_free_ns, sequences: row.int(5)? }))
 }
 
 impl State {

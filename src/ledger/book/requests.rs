@@ -68,7 +68,7 @@ impl Book<'_> {
         request: &OpenRequest,
     ) -> Result<(), DbError> {
         let used = &request.used;
-        self.execute(
+        self.write(
             "UPDATE request SET granted = $1, posted = $2, uncached_input = $3, cached_input = $4,
             output = $5, device_ns = $6, billable_device_ns = $7, token_cost = $8,
             device_cost = $9, leases = $10 WHERE id = $11",
@@ -97,7 +97,7 @@ impl Book<'_> {
         unrecorded_max: i64,
         steps: u64,
     ) -> Result<(), DbError> {
-        self.execute(
+        self.write(
             "UPDATE request SET state = $1, end_cause = $2, unrecorded_max = $3, steps = $4,
             closed_ns = $5 WHERE id = $6",
             &[
@@ -109,7 +109,7 @@ impl Book<'_> {
                 id.as_str().into(),
             ],
         )?;
-        self.execute("DELETE FROM lease WHERE request_id = $1", &[id.as_str().into()])?;
+        self.write("DELETE FROM lease WHERE request_id = $1", &[id.as_str().into()])?;
         Ok(())
     }
 
@@ -132,7 +132,7 @@ impl Book<'_> {
     }
 
     pub(super) fn write_lease(&mut self, id: &RequestId, lease: &LeaseRow) -> Result<(), DbError> {
-        self.execute(
+        self.write(
             "INSERT INTO lease (request_id, number, granted_ns, amount, posted)
             VALUES ($1, $2, $3, $4, $5) ON CONFLICT (request_id, number)
             DO UPDATE SET amount = excluded.amount, posted = excluded.posted",
@@ -149,7 +149,7 @@ impl Book<'_> {
 
     pub(super) fn delete_lease(&mut self, id: &RequestId, number: i64) -> Result<(), DbError> {
         let key = [id.as_str().into(), number.into()];
-        self.execute("DELETE FROM lease WHERE request_id = $1 AND number = $2", &key)?;
+        self.write("DELETE FROM lease WHERE request_id = $1 AND number = $2", &key)?;
         Ok(())
     }
 

@@ -205,7 +205,7 @@ impl Book<'_> {
             unrecorded += given_back;
             self.end_request(id, "crashed", EndCause::Crashed, given_back, 0)?;
         }
-        self.execute("DELETE FROM replica WHERE id = $1", &[replica.into()])?;
+        self.write("DELETE FROM replica WHERE id = $1", &[replica.into()])?;
         if !ids.is_empty() {
             let at_most = usd::format(NanoUsd(unrecorded.into()));
             let detail = format!("{} requests, at most {at_most} USD not on record", ids.len());
@@ -224,7 +224,7 @@ impl Book<'_> {
     /// A server begins.
     pub fn join(&mut self, replica: &str, name: &str, ttl_ns: i64) -> Result<(), DbError> {
         let until_ns = self.now_ns.saturating_add(ttl_ns);
-        self.execute(
+        self.write(
             "INSERT INTO replica (id, name, expires_ns) VALUES ($1, $2, $3)",
             &[replica.into(), name.into(), until_ns.into()],
         )?;

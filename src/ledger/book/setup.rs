@@ -122,7 +122,7 @@ impl Book<'_> {
     }
 
     pub fn add_key(&mut self, key: &KeySpec) -> Result<(), DbError> {
-        self.execute(
+        self.write(
             "INSERT INTO api_key (id, tenant_id, hash, name, role, settings, created_ns,
             expires_ns, revoked_ns) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, NULL)",
             &[
@@ -169,7 +169,7 @@ impl Book<'_> {
 
     /// As `add_key`, in the place of an older key with this id.
     pub fn replace_key(&mut self, key: &KeySpec) -> Result<(), DbError> {
-        self.execute("DELETE FROM api_key WHERE id = $1", &[key.id.as_str().into()])?;
+        self.write("DELETE FROM api_key WHERE id = $1", &[key.id.as_str().into()])?;
         self.add_key(key)
     }
 
@@ -224,7 +224,7 @@ impl Book<'_> {
             Billing::Tokens => "tokens",
             Billing::Device => "device",
         };
-        self.execute(
+        self.write(
             "INSERT INTO price (version, tenant_id, model, from_ns, until_ns, input, cached_input,
             output, request, device_second, billing, origin, created_ns)
             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
@@ -318,7 +318,7 @@ impl Book<'_> {
     ) -> Result<(), DbError> {
         let id = self.next("audit");
         self.changed();
-        self.execute(
+        self.write(
             "INSERT INTO audit (id, at_ns, actor, action, target, old_value, new_value)
             VALUES ($1, $2, $3, $4, $5, $6, $7)",
             &[

@@ -59,6 +59,19 @@ pub trait Db: Send {
     /// and made anew at the next `begin`.
     fn rollback(&mut self);
     fn query(&mut self, sql: &'static str, values: &[Val]) -> Result<Vec<Row>, DbError>;
+    /// The rows of one statement for each set of parameters, asked for all at once.
+    fn query_each(
+        &mut self,
+        sql: &'static str,
+        values: &[Vec<Val>],
+    ) -> Result<Vec<Vec<Row>>, DbError> {
+        values.iter().map(|values| self.query(sql, values)).collect()
+    }
+    /// A statement of a transaction of which nobody asks what it changed. It may be sent with what
+    /// follows, up to `commit`, and its failure told there.
+    fn write(&mut self, sql: &'static str, values: &[Val]) -> Result<(), DbError> {
+        self.execute(sql, values).map(drop)
+    }
     /// The number of rows changed.
     fn execute(&mut self, sql: &'static str, values: &[Val]) -> Result<u64, DbError>;
     /// Runs several statements without parameters, for migrations.

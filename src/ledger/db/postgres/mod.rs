@@ -7,8 +7,9 @@
 mod error;
 mod value;
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, future::poll_fn, pin::Pin, task::Poll, time::Duration};
 
+use futures_util::future::maybe_done;
 use tokio::{
     runtime::{Builder, Runtime},
     task::JoinHandle,
@@ -71,6 +72,21 @@ pub struct Postgres {
     begun_ns: Option<i64>,
     /// A statement failed: the server will not commit this transaction.
     failed: bool,
+    /// Writes of the open transaction that are still to be sent, in order.
+    unsent: Vec<Ask>,
+}
+
+/// What the server is asked.
+enum Ask {
+    Rows(&'static str, Vec<Val>),
+    Change(&'static str, Vec<Val>),
+    Commit,
+}
+
+enum Answer {
+    Rows(Vec<tokio_postgres::Row>),
+    Changed(u64),
+    Committed,
 }
 
 /// A runtime that may be dropped anywhere, by async code too.
@@ -109,6 +125,7 @@ impl Postgres {
             in_transaction: false,
             begun_ns: None,
             failed: false,
+            unsent: Vec::new(),
         };
         made.reconnect()?;
         Ok(made)
@@ -142,6 +159,7 @@ impl Postgres {
 
     fn begin_with(&mut self, statements: &'static str) -> Result<(), DbError> {
         (self.in_transaction, self.failed) = (false, false);
+        self.unsent.clear();
         let fresh = self.session.is_none();
         let mut started = self.start(statements);
         if started.is_err() && !fresh && self.session.is_none() {
@@ -191,6 +209,28 @@ impl Postgres {
     }
 }
 
+impl Postgres {
+    /// Sends what is unsent and then `asks`, and waits for the answers to all of it.
+    fn send(&mut self, asks: impl IntoIterator<Item = Ask>) -> Result<Vec<Answer>, DbError> {
+        let mut all = std::mem::take(&mut self.unsent);
+        all.extend(asks);
+        let ask = async |session: &mut Session| session.pipeline(&all).await;
+        let fresh = self.session.is_none();
+        let answers = self.call(ask);
+        let only_reads = all.iter().all(|ask| matches!(ask, Ask::Rows(..)));
+        if answers.is_err()
+            && only_reads
+            && !fresh
+            && !self.in_transaction
+            && self.session.is_none()
+        {
+            // As at `begin`: what only reads may be asked for again.
+            return self.call(ask);
+        }
+        answers
+    }
+}
+
 impl Own {
     fn wait<T>(&self, work: impl Future<Output = T>) -> T {
         self.0.as_ref().expect("is there until it is dropped").block_on(work)
@@ -226,16 +266,18 @@ impl Db for Postgres {
             // The server would answer `COMMIT` by rolling back, and call that a success.
             return Err(DbError::Unavailable("a statement of the transaction failed".into()));
         }
-        let done = self.call(async |session| session.client.batch_execute("COMMIT").await);
+        // Where a write fails, the server takes what follows for a rollback.
+        let done = self.send([Ask::Commit]);
         self.in_transaction = false;
         match done {
             Err(error) if self.session.is_none() => Err(DbError::Uncertain(error.to_string())),
-            other => other,
+            other => other.map(drop),
         }
     }
 
     fn rollback(&mut self) {
         self.begun_ns = None;
+        self.unsent.clear();
         if self.session.is_some() {
             let done = self.call(async |session| session.client.batch_execute("ROLLBACK").await);
             if done.is_err() {
@@ -246,28 +288,41 @@ impl Db for Postgres {
     }
 
     fn query(&mut self, sql: &'static str, values: &[Val]) -> Result<Vec<Row>, DbError> {
-        let ask = async |session: &mut Session| {
-            let statement = session.statement(sql).await?;
-            session.client.query(&statement, &parameters(values)).await
+        let rows = self.query_each(sql, &[values.to_vec()])?;
+        Ok(rows.into_iter().next().unwrap_or_default())
+    }
+
+    fn query_each(
+        &mut self,
+        sql: &'static str,
+        values: &[Vec<Val>],
+    ) -> Result<Vec<Vec<Row>>, DbError> {
+        let rows = |answer| match answer {
+            Answer::Rows(rows) => Some(rows.iter().map(value::row).collect()),
+            _ => None,
         };
-        let fresh = self.session.is_none();
-        let mut rows = self.call(ask);
-        if rows.is_err() && !fresh && !self.in_transaction && self.session.is_none() {
-            // As at `begin`: what only reads may be asked for again.
-            rows = self.call(ask);
+        let asks = values.iter().map(|values| Ask::Rows(sql, values.clone()));
+        self.send(asks)?.into_iter().filter_map(rows).collect()
+    }
+
+    fn write(&mut self, sql: &'static str, values: &[Val]) -> Result<(), DbError> {
+        if !self.in_transaction {
+            return self.execute(sql, values).map(drop);
         }
-        let rows = rows?;
-        rows.iter().map(value::row).collect()
+        self.unsent.push(Ask::Change(sql, values.to_vec()));
+        Ok(())
     }
 
     fn execute(&mut self, sql: &'static str, values: &[Val]) -> Result<u64, DbError> {
-        self.call(async |session| {
-            let statement = session.statement(sql).await?;
-            session.client.execute(&statement, &parameters(values)).await
-        })
+        let answers = self.send([Ask::Change(sql, values.to_vec())])?;
+        match answers.last() {
+            Some(Answer::Changed(rows)) => Ok(*rows),
+            _ => Err(DbError::Corrupt("no count of changed rows".into())),
+        }
     }
 
     fn batch(&mut self, sql: &str) -> Result<(), DbError> {
+        self.send([])?;
         self.call(async |session| session.client.batch_execute(sql).await)
     }
 
@@ -288,6 +343,46 @@ impl Session {
         let made = self.client.prepare(sql).await?;
         self.statements.insert(sql, made.clone());
         Ok(made)
+    }
+
+    /// Sends everything before it waits for the first answer, so that all of it is one round trip.
+    /// What follows a failure within a transaction fails as well: the first failure is told.
+    async fn pipeline(&mut self, asks: &[Ask]) -> Result<Vec<Answer>, Error> {
+        let mut statements = Vec::with_capacity(asks.len());
+        for ask in asks {
+            statements.push(match ask {
+                Ask::Rows(sql, _) | Ask::Change(sql, _) => Some(self.statement(sql).await?),
+                Ask::Commit => None,
+            });
+        }
+        let client = &self.client;
+        let calls = asks.iter().zip(&statements).map(|(ask, statement)| {
+            maybe_done(Box::pin(async move {
+                Ok(match (ask, statement) {
+                    (Ask::Rows(_, values), Some(statement)) => {
+                        Answer::Rows(client.query(statement, &parameters(values)).await?)
+                    }
+                    (Ask::Change(_, values), Some(statement)) => {
+                        Answer::Changed(client.execute(statement, &parameters(values)).await?)
+                    }
+                    _ => {
+                        client.batch_execute("COMMIT").await?;
+                        Answer::Committed
+                    }
+                })
+            }))
+        });
+        let mut calls: Vec<_> = calls.collect();
+        // The first poll of each sends it, in this order.
+        poll_fn(|context| {
+            let mut pending = false;
+            for call in &mut calls {
+                pending |= Pin::new(call).poll(context).is_pending();
+            }
+            if pending { Poll::Pending } else { Poll::Ready(()) }
+        })
+        .await;
+        calls.iter_mut().filter_map(|call| Pin::new(call).take_output()).collect()
     }
 }
 
