@@ -246,6 +246,8 @@ pub(super) fn prepare(
         logprobs: logprobs.is_some(),
         echoes,
         leads,
+        requests: requests.iter().map(|(request, _)| request.id.clone()).collect(),
+        books: state.books.clone(),
     });
     Ok(Prepared { requests, answer })
 }

@@ -4,6 +4,7 @@ mod admin;
 pub mod assemble;
 pub mod bench;
 mod doctor;
+mod gpus;
 mod ledger;
 pub mod logging;
 pub mod machine;

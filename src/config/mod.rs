@@ -72,6 +72,8 @@ pub struct Config {
     pub waiting_requests_max: usize,
 
     pub device: Device,
+    /// Which GPU the device is, where it does not say so itself.
+    pub meter_gpu_uuid: Option<String>,
     /// Threads of the CPU device; none means every core this process may use.
     pub threads: Option<usize>,
     /// Longest prompt plus output; none means what the model was trained for.

@@ -118,6 +118,10 @@ settings! {
     /// CPU threads [default: every core this process may use]
     #[arg(long, env = "CANDELA_THREADS", value_name = "N", help_heading = "Engine")]
     threads: u64,
+    /// Take the device for the GPU of this UUID, whose energy is then attributed. For a device that
+    /// does not say which GPU it is, and for tests
+    #[arg(long, env = "CANDELA_METER_GPU_UUID", value_name = "UUID", hide = true)]
+    meter_gpu_uuid: String,
     /// Longest prompt plus output in tokens [default: the model's own]
     #[arg(long, env = "CANDELA_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Engine")]
     max_model_len: u64,

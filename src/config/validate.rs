@@ -64,6 +64,7 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
             1..=COUNT_LIMIT,
         )?,
         device: settings.device.unwrap_or(Device::Auto),
+        meter_gpu_uuid: not_empty("meter_gpu_uuid", settings.meter_gpu_uuid)?,
         threads: optional_count("threads", settings.threads, 1..=THREADS_LIMIT)?,
         context_tokens_max: optional_count(
             "max_model_len",

@@ -29,6 +29,7 @@ impl<D: Device> Engine<D> {
             && let Some(mut live) = self.live.remove(&owner)
         {
             self.used.extend(live.take_unbooked());
+            self.ended.push(live.request.id.clone());
             self.counters.prompt_tokens += live.prompt_tokens();
             live.close();
         }
@@ -77,6 +78,7 @@ impl<D: Device> Engine<D> {
     ) {
         let Some(mut live) = self.live.remove(&owner) else { return };
         self.used.extend(live.take_unbooked());
+        self.ended.push(live.request.id.clone());
         if !live.admitted {
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         }

@@ -1,70 +1,15 @@
-//! Device time, tokens and KV blocks of every step, to those who used them.
+//! Device time of every step, to those who used it.
 //!
-//! The engine splits a step and charges leases itself; the books over time are kept by a thread of
-//! their own, so that whoever reads them never holds the engine up.
-
-use std::{
-    sync::{
-        Arc, Mutex, MutexGuard,
-        mpsc::{Receiver, Sender, channel},
-    },
-    thread::JoinHandle,
-};
+//! The engine splits a step and charges leases itself; the books over time are kept elsewhere.
 
 use crate::{
-    meter::{
-        Account, AccountLimits, Coefficients, DeviceStep, Overhead, Owner, Sample, SeqWork,
-        StepModel, StepWork, Tokens, split,
-    },
+    meter::{Coefficients, Overhead, Owner, Sample, SeqWork, StepModel, StepWork, split},
     scheduler::{Scheduler, StepPlan},
     types::SeqId,
 };
 
 /// Shares before anything was timed: a step's fixed part weighs as much as a few dozen tokens.
 const FIRST_TERMS_NS: [f64; 4] = [1e6, 1e5, 10.0, 10.0];
-
-/// What one step adds to the books.
-#[derive(Debug, Default)]
-pub struct StepRecord {
-    pub step: DeviceStep,
-    pub tokens: Vec<(Owner, Tokens)>,
-    /// KV blocks held since the step before.
-    pub blocks: Vec<(Owner, u64)>,
-    pub blocks_from_ns: u64,
-}
-
-/// The books of a device; clones share them.
-#[derive(Clone)]
-pub struct Books(Arc<Mutex<Account>>);
-
-impl Books {
-    /// Not for the engine's thread.
-    pub fn lock(&self) -> MutexGuard<'_, Account> {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
-/// Starts the thread that keeps the books. It ends when the engine does.
-pub fn keep_books(start_ns: u64) -> std::io::Result<(Books, Sender<StepRecord>, JoinHandle<()>)> {
-    let books = Books(Arc::new(Mutex::new(Account::new(start_ns, AccountLimits::default()))));
-    let (sender, records): (_, Receiver<StepRecord>) = channel();
-    let kept = books.clone();
-    let thread = std::thread::Builder::new().name("candela-meter".into()).spawn(move || {
-        for record in records {
-            let mut account = kept.lock();
-            let end_ns = record.step.end_ns;
-            account.record_step(&record.step);
-            for (owner, tokens) in &record.tokens {
-                account.record_tokens(end_ns, owner, *tokens);
-            }
-            for (owner, blocks) in &record.blocks {
-                account.record_blocks(record.blocks_from_ns, end_ns, owner, *blocks);
-            }
-            account.settle(end_ns);
-        }
-    })?;
-    Ok((books, sender, thread))
-}
 
 /// A sequence's part of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

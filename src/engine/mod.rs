@@ -4,6 +4,7 @@
 //! the device runs, and the results are committed. With pipeline depth 2 the next step is launched
 //! before the last one is committed.
 
+pub mod books;
 mod calibrate;
 pub mod device;
 mod ending;

@@ -7,7 +7,7 @@ use std::{
     sync::{
         Arc, RwLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, Sender, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, sync_channel},
     },
     thread::JoinHandle,
     time::Duration,
@@ -15,11 +15,12 @@ use std::{
 
 use super::{
     Event, Submission,
+    books::{Books, BooksWriter, keep_books},
     calibrate::measure,
     device::{Device, DeviceError},
     handle::{EngineHandle, Shared},
     live::Live,
-    metering::{Books, Metering, StepRecord, keep_books},
+    metering::Metering,
     request::RequestError,
     snapshot::EngineSnapshot,
 };
@@ -29,7 +30,7 @@ use crate::{
     meter::{DeviceStep, Overhead, Owner, StepWork, Tokens},
     scheduler::{Limits, Scheduler, SeqSpec, StepPlan},
     text::Tokenizer,
-    types::{FinishReason, ModelId, SeqId, TokenId},
+    types::{FinishReason, ModelId, RequestId, SeqId, TokenId},
 };
 
 /// How long the thread sleeps when every live sequence sits out.
@@ -63,6 +64,10 @@ pub struct EngineThread {
     pub thread: JoinHandle<()>,
     /// Who used the device.
     pub books: Books,
+    /// Keeps the books; ends after the engine, once it has told all that it knows.
+    pub keeper: JoinHandle<()>,
+    /// What the device calls itself, if it is a GPU.
+    pub gpu_uuid: Option<String>,
 }
 
 /// Starts the thread; `make` builds the device on it, and its error is returned here.
@@ -84,20 +89,19 @@ pub fn start<D: Device>(
         draining: AtomicBool::new(false),
         alive: AtomicBool::new(true),
     });
-    let kept = keep_books(clock.now_ns()).map_err(|error| DeviceError(error.to_string()))?;
-    let (books, records, _) = kept;
+    let kept = keep_books(clock.clone()).map_err(|error| DeviceError(error.to_string()))?;
+    let (books, writer, keeper) = kept;
     let (inbox, events) = sync_channel(options.waiting_requests_max + 16);
     let handle = EngineHandle { inbox, shared: shared.clone() };
     let (ready, made) = sync_channel(1);
     let thread = std::thread::Builder::new().name("candela-engine".into()).spawn(move || {
         let engine = make().and_then(|device| {
-            let mut engine =
-                Engine::new(options, tokenizer, clock, device, shared.clone(), records);
+            let mut engine = Engine::new(options, tokenizer, clock, device, shared.clone(), writer);
             engine.calibrate().map(|()| engine)
         });
         match engine {
             Ok(engine) => {
-                let _ = ready.send(Ok(()));
+                let _ = ready.send(Ok(engine.device.gpu_uuid()));
                 engine.run(&events);
             }
             Err(error) => {
@@ -107,8 +111,9 @@ pub fn start<D: Device>(
         }
     });
     let thread = thread.map_err(|error: io::Error| DeviceError(error.to_string()))?;
-    made.recv().unwrap_or_else(|_| Err(DeviceError("the engine thread died".into())))?;
-    Ok(EngineThread { handle, thread, books })
+    let made = made.recv();
+    let gpu_uuid = made.unwrap_or_else(|_| Err(DeviceError("the engine thread died".into())))?;
+    Ok(EngineThread { handle, thread, books, keeper, gpu_uuid })
 }
 
 /// A launched step, and what its results mean.
@@ -117,6 +122,7 @@ pub(super) struct InFlight {
     pub(super) work: StepWork,
     /// Request of every score, in order.
     pub(super) scores: Vec<SeqId>,
+    pub(super) launched_ns: u64,
 }
 
 pub(super) struct Engine<D> {
@@ -132,9 +138,11 @@ pub(super) struct Engine<D> {
     pub(super) owners: HashMap<SeqId, (SeqId, usize)>,
     pub(super) in_flight: VecDeque<InFlight>,
     pub(super) metering: Metering,
-    pub(super) books: Sender<StepRecord>,
+    pub(super) books: BooksWriter,
     /// Used since the last record.
     pub(super) used: Vec<(Owner, Tokens)>,
+    /// Ended since the last record.
+    pub(super) ended: Vec<RequestId>,
     pub(super) recorded_ns: u64,
     pub(super) next_seq: u64,
     pub(super) counters: EngineSnapshot,
@@ -148,7 +156,7 @@ impl<D: Device> Engine<D> {
         clock: Clock,
         device: D,
         shared: Arc<Shared>,
-        books: Sender<StepRecord>,
+        books: BooksWriter,
     ) -> Self {
         let metering = Metering::new(options.sliding_window);
         let scheduler = Scheduler::new(options.limits, options.kv_blocks);
@@ -165,6 +173,7 @@ impl<D: Device> Engine<D> {
             metering,
             books,
             used: Vec::new(),
+            ended: Vec::new(),
             recorded_ns: 0,
             next_seq: 0,
             counters: EngineSnapshot::default(),
@@ -180,6 +189,7 @@ impl<D: Device> Engine<D> {
         if options.calibration.is_zero() {
             return Ok(());
         }
+        self.books.begin(self.clock.now_ns());
         let samples = measure(
             &mut self.device,
             &options.limits,
@@ -192,7 +202,7 @@ impl<D: Device> Engine<D> {
         let mut step = DeviceStep { end_ns: self.clock.now_ns(), ..DeviceStep::default() };
         step.overhead_ns[Overhead::WarmUp as usize] =
             samples.iter().map(|sample| sample.device_ns).sum();
-        self.record(step);
+        self.record(step, Vec::new());
         Ok(())
     }
 
@@ -211,6 +221,7 @@ impl<D: Device> Engine<D> {
             self.publish();
         }
         self.abort_all(&RequestError::ShuttingDown, FinishReason::Abort);
+        self.flush_books();
         self.shared.alive.store(false, Ordering::Release);
         self.publish();
     }
@@ -237,6 +248,7 @@ impl<D: Device> Engine<D> {
     /// Takes what has arrived; waits for the next event when there is nothing to do.
     fn take_events(&mut self, events: &Receiver<Event>, progressed: bool) {
         if !progressed || self.live.is_empty() {
+            self.flush_books();
             let wait = if self.live.is_empty() { IDLE_SLEEP } else { STALLED_SLEEP };
             match events.recv_timeout(wait) {
                 Ok(event) => self.take_event(event),
@@ -281,6 +293,7 @@ impl<D: Device> Engine<D> {
         tracing::error!(error = what, "the engine stops: a step failed");
         self.shared.alive.store(false, Ordering::Release);
         self.abort_all(&RequestError::StepFailed(what.to_owned()), FinishReason::Error);
+        self.flush_books();
         self.publish();
     }
 

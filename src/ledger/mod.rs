@@ -17,7 +17,8 @@ pub use book::{Book, transact};
 pub use lease::{Lease, LeaseEnd, Meterage};
 pub use reader::Reader;
 pub use rows::{
-    Bill, Chain, Denial, EndCause, Event, Extension, Grant, Opened, Opening, Payer, Policy, Refusal,
+    Bill, Chain, Denial, EndCause, EnergyRow, Event, Extension, Grant, Opened, Opening, Payer,
+    Policy, Refusal,
 };
 pub use thread::{Ledger, LedgerError, LedgerOptions};
 pub use window::{Span, Zone};

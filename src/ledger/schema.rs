@@ -7,7 +7,8 @@ pub const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 
 /// Amounts are nano-USD, times nanoseconds since 1970 (`_ns`) or seconds (`_s`), all BIGINT. A scope
 /// is `global`, `org:ID`, `tenant:ID` or `key:ID`.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
 CREATE TABLE org (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, created_ns BIGINT NOT NULL
 );
@@ -89,7 +90,11 @@ CREATE TABLE event (
     id BIGINT PRIMARY KEY, at_ns BIGINT NOT NULL, kind TEXT NOT NULL, scope TEXT NOT NULL,
     detail TEXT NOT NULL
 );
-"];
+",
+    "
+ALTER TABLE request ADD COLUMN energy_estimated_uj BIGINT;
+",
+];
 
 /// Counters of `meta`: the last id given out, and the latest time seen.
 pub const COUNTERS: [&str; 6] = ["transfer", "price", "audit", "event", "revision", "clock"];

@@ -22,7 +22,7 @@ use super::{
     book::transact,
     db::{Db, DbError},
     lease::{Lease, LeaseLimits, Meterage, Shared},
-    rows::{Bill, EndCause, Event, Extension, Grant, Opened, Opening, Refusal},
+    rows::{Bill, EndCause, EnergyRow, Event, Extension, Grant, Opened, Opening, Refusal},
 };
 use crate::{
     clock::Clock,
@@ -31,6 +31,8 @@ use crate::{
 
 /// Jobs of one transaction.
 const GROUP_MAX: usize = 256;
+/// Rows of energy in one job, so that admission never waits for many.
+const ENERGY_ROWS_MAX: usize = 64;
 /// Requests that may wait for admission.
 const OPENINGS_MAX: usize = 4096;
 /// How often a server says that it lives and looks for others that do not, at least.
@@ -114,6 +116,8 @@ enum Job {
         shared: Arc<Shared>,
     },
     Close(Box<Closing>),
+    /// Energy of ended requests.
+    Energy(Vec<EnergyRow>),
     /// A request that may have been admitted, and whose client was told that it was not.
     Forget(RequestId),
     Stop,
@@ -224,6 +228,13 @@ impl Ledger {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(LedgerError::Unavailable(error)),
             Err(_) => Err(LedgerError::ended()),
+        }
+    }
+
+    /// Notes the energy of ended requests, as soon as the database takes it. Never waits.
+    pub fn note_energy(&self, rows: Vec<EnergyRow>) {
+        for some in rows.chunks(ENERGY_ROWS_MAX) {
+            self.outbox.send(Job::Energy(some.to_vec()));
         }
     }
 
@@ -423,7 +434,9 @@ impl Desk {
                 }
                 Job::Extend { shared, .. } => shared.unanswered(),
                 Job::Close(closing) => self.keep(closing),
-                Job::Forget(_) => self.unsettled.push_back(job),
+                // Rows that the database does not take are not tried for ever.
+                Job::Energy(_) if error.is_of_one_job() => {}
+                Job::Forget(_) | Job::Energy(_) => self.unsettled.push_back(job),
                 Job::Stop => {}
             }
         }
@@ -545,6 +558,12 @@ fn perform(book: &mut Book<'_>, job: &mut Job, replica: &str) -> Result<Answer, 
         }
         Job::Forget(request) => {
             book.forget(request)?;
+            Answer::None
+        }
+        Job::Energy(rows) => {
+            for row in rows {
+                book.note_energy(row)?;
+            }
             Answer::None
         }
         Job::Stop => Answer::None,

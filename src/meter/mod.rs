@@ -40,6 +40,7 @@
 mod account;
 mod apportion;
 mod calibration;
+mod claims;
 mod coefficients;
 mod energy;
 mod least_squares;
@@ -53,6 +54,7 @@ mod window;
 
 pub use account::{Account, AccountLimits, DeviceStep, StepPiece};
 pub use calibration::{CALIBRATION_SAMPLES_MIN, CalibrateError, Sample};
+pub use claims::{Claims, Settled};
 pub use coefficients::{BadCoefficient, Coefficients, DeviceRates, ModelShape};
 pub use energy::{EnergyClaim, EnergyReading};
 pub use load::{Load, SeqWork, StepWork};

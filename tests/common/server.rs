@@ -24,6 +24,11 @@ pub struct Server {
 
 impl Server {
     pub fn start(extra: &[&str]) -> Self {
+        Self::start_with(extra, &[])
+    }
+
+    /// With variables of the environment as well.
+    pub fn start_with(extra: &[&str], variables: &[(&str, &std::path::Path)]) -> Self {
         let path = super::default_model();
         let data_dir = tempfile::tempdir().expect("a directory");
         let mut process = Command::new(env!("CARGO_BIN_EXE_candela"))
@@ -33,6 +38,7 @@ impl Server {
             .arg("--data-dir")
             .arg(data_dir.path())
             .args(extra)
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

@@ -136,6 +136,11 @@ impl Book<'_> {
         for (id, amount) in charged.into_iter().chain(refunded) {
             found.wrong(format_args!("request {id:?} is missing, {amount} moved for it"));
         }
+        let wrong = "SELECT id FROM request WHERE energy_uj < 0 OR energy_estimated_uj < 0
+            OR energy_estimated_uj > energy_uj";
+        for row in self.query(wrong, &[])? {
+            found.wrong(format_args!("request {}: its energy", row.text(0)?));
+        }
         let strange = "SELECT transfer.id FROM transfer
             JOIN request ON request.id = transfer.request_id
             WHERE transfer.org_id <> request.org_id OR transfer.tenant_id <> request.tenant_id
