@@ -2,9 +2,10 @@
 //!
 //! The engine splits a step and charges leases itself; the books over time are kept elsewhere.
 
+use super::device_bound::DeviceBound;
 use crate::{
     meter::{Coefficients, Overhead, Owner, Sample, SeqWork, StepModel, StepWork, split},
-    scheduler::{Scheduler, StepPlan},
+    scheduler::{Limits, Scheduler, StepPlan},
     types::SeqId,
 };
 
@@ -16,8 +17,7 @@ const FIRST_TERMS_NS: [f64; 4] = [1e6, 1e5, 10.0, 10.0];
 pub struct Share {
     pub seq: SeqId,
     pub device_ns: u64,
-    /// The most that may be charged for it.
-    pub bound_ns: u64,
+    pub work: SeqWork,
 }
 
 /// The step model of one model on one device.
@@ -59,14 +59,14 @@ impl Metering {
         StepWork { seqs: seqs.collect(), padding_tokens: 0 }
     }
 
-    /// The most that one more token of a sequence with `context` tokens takes.
-    pub fn token_bound_ns(&self, seq: SeqId, context: usize) -> u64 {
-        self.bound_ns(SeqWork::new(seq, context as u32, 1, self.window))
-    }
-
-    /// Alone in a step, a sequence takes at least what it takes among others.
-    fn bound_ns(&self, alone: SeqWork) -> u64 {
-        self.model.upper_bound_ns(&StepWork { seqs: vec![alone], padding_tokens: 0 })
+    /// What a request of now may be charged at most.
+    pub fn bound(&self, limits: &Limits) -> DeviceBound {
+        DeviceBound {
+            step: self.model.bound(),
+            window: self.window,
+            chunk_tokens: limits.step_tokens_max,
+            scored_chunk_tokens: limits.step_tokens_max.min(limits.logits_rows_max),
+        }
     }
 
     /// Splits the time of a step; `lives` says whose rows were of any use.
@@ -85,7 +85,7 @@ impl Metering {
         let shares = parts.seqs.iter().zip(&work.seqs).map(|(part, work)| Share {
             seq: part.seq,
             device_ns: part.useful_ns,
-            bound_ns: self.bound_ns(*work),
+            work: *work,
         });
         let shares = shares.collect();
         self.model.observe(&work, device_ns);

@@ -7,6 +7,7 @@
 pub mod books;
 mod calibrate;
 pub mod device;
+pub mod device_bound;
 mod ending;
 pub mod handle;
 pub mod inputs;

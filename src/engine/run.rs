@@ -101,6 +101,7 @@ pub fn start<D: Device>(
         });
         match engine {
             Ok(engine) => {
+                engine.publish();
                 let _ = ready.send(Ok(engine.device.gpu_uuid()));
                 engine.run(&events);
             }
@@ -277,7 +278,8 @@ impl<D: Device> Engine<D> {
         for (index, seq) in seqs.iter().enumerate() {
             self.owners.insert(*seq, (owner, index));
         }
-        let live = Live::new(submission, &seqs, &self.tokenizer, &self.options.model);
+        let bound = self.metering.bound(&self.options.limits);
+        let live = Live::new(submission, &seqs, &self.tokenizer, &self.options.model, bound);
         self.scheduler.add(SeqSpec {
             choices: seqs,
             prompt: live.request.prompt.clone(),
@@ -305,6 +307,7 @@ impl<D: Device> Engine<D> {
             kv_blocks_used: self.scheduler.pool().used(),
             live_seqs: self.scheduler.live_len(),
             recomputed_tokens: self.scheduler.recomputed_tokens(),
+            device_bound: Some(self.metering.bound(&self.options.limits)),
             ..self.counters.clone()
         };
         let mut slot =

@@ -162,6 +162,8 @@ impl<D: Device> Engine<D> {
         work: StepWork,
         device_ns: u64,
     ) -> (meter::DeviceStep, Vec<RequestId>) {
+        // Of the steps before: what was held when this one was launched.
+        let bound = self.metering.bound(&self.options.limits);
         let owners = &self.owners;
         let (shares, overhead_ns) =
             self.metering.commit(work, device_ns, |seq| owners.contains_key(&seq));
@@ -170,7 +172,7 @@ impl<D: Device> Engine<D> {
         for share in shares {
             let owner = owners.get(&share.seq).map(|(owner, _)| *owner);
             let Some(live) = owner.and_then(|owner| self.live.get_mut(&owner)) else { continue };
-            live.lease.use_device(share.device_ns, share.bound_ns);
+            self.counters.device_written_off_ns += live.use_device(&share, &bound);
             owned_ns.push((live.owner.clone(), share.device_ns));
             requests.push(live.request.id.clone());
         }

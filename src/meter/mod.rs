@@ -61,5 +61,5 @@ pub use load::{Load, SeqWork, StepWork};
 pub use report::{By, Report};
 pub use residuals::BOUND_SHARE;
 pub use split::{SeqShare, Split, split};
-pub use step_model::StepModel;
+pub use step_model::{StepBound, StepModel};
 pub use usage::{Energy, Overhead, Owner, Tokens, Usage};

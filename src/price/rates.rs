@@ -86,6 +86,16 @@ impl Terms {
         }
     }
 
+    /// The most device time that is charged no more than `limit`, the charge of the request itself
+    /// included.
+    pub fn device_ns_within(&self, limit: NanoUsd) -> u64 {
+        let (left, second) = (limit.0 - self.rates.request.0, self.rates.device_second.0);
+        match second {
+            0 => u64::MAX,
+            _ => u64::try_from(left.max(0) * NS_PER_S / second).unwrap_or(u64::MAX),
+        }
+    }
+
     /// What the tenant owes for `tally`. It grows with every part of the tally, so the charge of
     /// one more token is the difference of two of these.
     pub fn charge(&self, tally: &Tally) -> NanoUsd {
@@ -140,6 +150,22 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn device_time_within_a_limit_is_the_most_there_is(
+            limit in 0i128..10_000_000_000, second in 1i128..10_000_000_000, request in 0i128..100,
+        ) {
+            let rates = Rates {
+                device_second: NanoUsd(second), request: NanoUsd(request), ..Rates::default()
+            };
+            let terms = Terms { rates, billing: Billing::Device, ..Terms::default() };
+            let most_ns = terms.device_ns_within(NanoUsd(limit));
+            let charge = |ns| {
+                terms.charge(&Tally { output: 1, billable_device_ns: ns, ..Tally::default() }).0
+            };
+            prop_assert!(charge(most_ns) <= limit.max(request), "{most_ns}");
+            prop_assert!(charge(most_ns + 1) > limit, "{most_ns} is not the most");
+        }
+
         #[test]
         fn token_by_token_adds_up_to_the_whole(
             prices in prop::array::uniform3(0i128..10_000_000_000), steps in prop::collection::vec(0usize..3, 0..200),

@@ -129,10 +129,22 @@ impl Metrics {
             let name = options("vllm:request_success_total", "Ended choices by finish reason.");
             counter(name.const_label("finished_reason", reason), value)?;
         }
-        let busy = options("candela:device_busy_seconds_total", "Time the device spent in steps.");
-        let seconds = prometheus::Counter::with_opts(busy)?;
-        seconds.inc_by(engine.device_busy_ns as f64 / 1e9);
-        add(Box::new(seconds))?;
+        for (name, help, ns) in [
+            (
+                "candela:device_busy_seconds_total",
+                "Time the device spent in steps.",
+                engine.device_busy_ns,
+            ),
+            (
+                "candela:device_written_off_seconds_total",
+                "Device time billed by time that was not held, and so is the operator's loss.",
+                engine.device_written_off_ns,
+            ),
+        ] {
+            let seconds = prometheus::Counter::with_opts(options(name, help))?;
+            seconds.inc_by(ns as f64 / 1e9);
+            add(Box::new(seconds))?;
+        }
         self.add_device(&snapshot, device)?;
         gpus::add(&snapshot, gpus)?;
         let mut families = self.registry.gather();
