@@ -6,6 +6,8 @@ mod common;
 mod nvml;
 
 use std::{
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -161,6 +163,51 @@ async fn energy_reaches_answers_rows_and_books() {
     assert!(foreign["joules"].as_f64() > Some(0.0), "{report}");
     the_gpus_are_shown(&server, &report).await;
     explained(&server, &rows["data"][0]).await;
+    top_says_it_in_a_table(&server);
+}
+
+/// What a command prints, and its exit code.
+fn run(line: &[&str]) -> (String, Option<i32>) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_candela"));
+    let out = command.args(line).env_remove("CANDELA_ADMIN_KEY").output().expect("runs");
+    let text = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    (text, out.status.code())
+}
+
+fn top_says_it_in_a_table(server: &Server) {
+    let top = |more: &[&str]| run(&[&["top", "--server", &server.url], more].concat());
+    let (text, code) = top(&["--once", "--window", "1h"]);
+    assert_eq!(code, Some(0), "{text}");
+    for part in ["200 W", "not used here", "SHARE %", "local ", "(foreign)", "(idle)"] {
+        assert!(text.contains(part), "no {part} in {text}");
+    }
+    assert!(!text.contains('\u{1b}'), "no terminal: {text:?}");
+    let shares = text.lines().skip_while(|line| !line.contains("SHARE %")).skip(1);
+    let shares = shares.filter(|line| !line.starts_with('~'));
+    let shares = shares.map(|line| {
+        let cells: Vec<&str> = line.split_whitespace().collect();
+        cells[cells.len() - 7].replace('.', "").parse::<u32>().expect("a share")
+    });
+    assert_eq!(shares.sum::<u32>(), 1000, "{text}");
+    let (text, code) = top(&["--once", "--by", "model", "--json"]);
+    let report: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}"));
+    assert_eq!((code, &report["by"]), (Some(0), &json!("model")));
+    assert_eq!(top(&["--once", "--window", "5x"]).1, Some(2));
+    assert_eq!(top(&["--once", "--by", "user"]).1, Some(2));
+    let (text, code) = run(&["top", "--once", "--server", "http://127.0.0.1:1"]);
+    assert!(code == Some(1) && text.contains("asking http://127.0.0.1:1"), "{text}");
+    // Live, until its reader leaves.
+    let mut live = Command::new(env!("CARGO_BIN_EXE_candela"))
+        .args(["top", "--server", &server.url, "--interval", "1"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut lines = BufReader::new(live.stdout.take().expect("piped")).lines();
+    let tables =
+        lines.by_ref().filter(|line| line.as_ref().is_ok_and(|line| line.contains("SHARE %")));
+    assert_eq!(tables.take(2).count(), 2);
+    drop(lines);
+    assert!(live.wait().expect("ends").success());
 }
 
 /// Both GPUs, whichever computes, in the report and as metrics.
