@@ -125,6 +125,7 @@ fn load(config: &Config, clock: Clock) -> anyhow::Result<(ModelId, Assembled, Op
         stream_buffer_events_max: config.stream_buffer_events_max,
         client_stall_max: config.client_stall_max,
         calibration: CALIBRATION,
+        metered: true,
     };
     let model = assemble(&id, &resolved.source, &spec, clock)
         .with_context(|| format!("loading {wanted}"))?;

@@ -56,6 +56,9 @@ pub struct EngineOptions {
     pub sliding_window: Option<usize>,
     /// How long steps are timed before anyone is served; zero does without.
     pub calibration: Duration,
+    /// Whether device time is divided and booked. Without, nobody can be charged for it and the books
+    /// stay empty: for measuring what it costs.
+    pub metered: bool,
 }
 
 /// A running engine thread.

@@ -136,7 +136,10 @@ impl<D: Device> Engine<D> {
 
     pub(super) fn commit(&mut self, step: InFlight, outcome: DeviceOutcome) {
         self.counters.device_busy_ns += outcome.device_ns;
-        let (step_time, requests) = self.charge_device(step.work, outcome.device_ns);
+        let (step_time, requests) = match self.options.metered {
+            true => self.charge_device(step.work, outcome.device_ns),
+            false => Default::default(),
+        };
         for (owner, score) in step.scores.into_iter().zip(outcome.scores) {
             if let Some(live) = self.live.get_mut(&owner) {
                 live.add_score(score);
@@ -181,6 +184,11 @@ impl<D: Device> Engine<D> {
 
     /// Books a step and what was used since the one before.
     pub(super) fn record(&mut self, step: meter::DeviceStep, requests: Vec<RequestId>) {
+        if !self.options.metered {
+            self.used.clear();
+            self.ended.clear();
+            return;
+        }
         for live in self.live.values_mut() {
             self.used.extend(live.take_unbooked());
         }
