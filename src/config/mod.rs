@@ -58,6 +58,8 @@ pub struct Config {
 
     pub ledger: LedgerPlace,
     pub lease_outstanding_tokens_max: usize,
+    /// How long ended requests are kept before they are rolled up; none means for ever.
+    pub retention: Option<Duration>,
     /// Set into the price book at the start and at SIGHUP.
     pub prices: Vec<FilePrice>,
 

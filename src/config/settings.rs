@@ -79,6 +79,11 @@ settings! {
     #[arg(long, env = "CANDELA_LEASE_OUTSTANDING_TOKENS_MAX", value_name = "TOKENS", help_heading = "Money")]
     lease_outstanding_tokens_max: u64,
 
+    /// Days that rows of ended requests are kept; older ones are rolled up into daily sums by tenant,
+    /// key, model and user. At least 35, for budgets of a month [default: for ever]
+    #[arg(long, env = "CANDELA_RETENTION_DAYS", value_name = "DAYS", help_heading = "Money")]
+    retention_days: u64,
+
     /// Prices; `[[price]]` of the file alone
     #[arg(skip)]
     price: Vec<FilePrice>,

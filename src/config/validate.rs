@@ -38,6 +38,12 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
             LEASE_OUTSTANDING_TOKENS_MAX,
             1..=COUNT_LIMIT,
         )?,
+        retention: optional(
+            "retention_days",
+            settings.retention_days,
+            RETENTION_DAYS_LEAST..=RETENTION_DAYS_LIMIT,
+        )?
+        .map(|days| Duration::from_secs(days * 24 * 60 * 60)),
         prices: settings.price.unwrap_or_default(),
         host,
         port: settings.port.unwrap_or(PORT),

@@ -12,8 +12,8 @@ use std::{
 };
 
 use super::{
+    job::Outbox,
     rows::{Bill, Denial, EndCause, Extension, Opened},
-    thread::Outbox,
 };
 use crate::{
     clock::Clock,
@@ -406,7 +406,7 @@ impl Account {
         now_ns.saturating_sub(since_ns) >= self.limits.wait_max.as_nanos() as u64
     }
 
-    fn close(self, counted: Meterage, cause: EndCause, closed: Option<super::thread::Closed>) {
+    fn close(self, counted: Meterage, cause: EndCause, closed: Option<super::job::Closed>) {
         self.outbox.close(self.request, counted, cause, closed);
     }
 }

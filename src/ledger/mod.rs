@@ -6,6 +6,7 @@
 
 pub mod book;
 pub mod db;
+mod job;
 pub mod lease;
 mod reader;
 pub mod rows;

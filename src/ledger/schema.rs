@@ -94,6 +94,24 @@ CREATE TABLE event (
     "
 ALTER TABLE request ADD COLUMN energy_estimated_uj BIGINT;
 ",
+    "
+CREATE TABLE usage_day (
+    day_ns BIGINT NOT NULL, org_id TEXT NOT NULL, tenant_id TEXT NOT NULL, key_id TEXT NOT NULL,
+    model TEXT NOT NULL, user_label TEXT NOT NULL, requests BIGINT NOT NULL,
+    uncached_input BIGINT NOT NULL, cached_input BIGINT NOT NULL, output BIGINT NOT NULL,
+    device_ns BIGINT NOT NULL, billable_device_ns BIGINT NOT NULL, posted BIGINT NOT NULL,
+    token_cost BIGINT NOT NULL, device_cost BIGINT NOT NULL, energy_uj BIGINT NOT NULL,
+    energy_estimated_uj BIGINT NOT NULL, steps BIGINT NOT NULL, unrecorded_max BIGINT NOT NULL,
+    PRIMARY KEY (day_ns, org_id, tenant_id, key_id, model, user_label)
+);
+CREATE TABLE transfer_day (
+    day_ns BIGINT NOT NULL, kind TEXT NOT NULL, debit TEXT NOT NULL, credit TEXT NOT NULL,
+    org_id TEXT NOT NULL, tenant_id TEXT NOT NULL, key_id TEXT NOT NULL, model TEXT NOT NULL,
+    user_label TEXT NOT NULL, amount BIGINT NOT NULL, entries BIGINT NOT NULL,
+    PRIMARY KEY (day_ns, kind, debit, credit, org_id, tenant_id, key_id, model, user_label)
+);
+CREATE TABLE rolling (request_id TEXT PRIMARY KEY);
+",
 ];
 
 /// Counters of `meta`: the last id given out, and the latest time seen.

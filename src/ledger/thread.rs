@@ -8,7 +8,7 @@ use std::{
     sync::{
         Arc, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+        mpsc::{Receiver, RecvTimeoutError, channel},
     },
     thread::JoinHandle,
     time::Duration,
@@ -21,8 +21,9 @@ use super::{
     Book,
     book::transact,
     db::{Db, DbError},
-    lease::{Lease, LeaseLimits, Meterage, Shared},
-    rows::{Bill, EndCause, EnergyRow, Event, Extension, Grant, Opened, Opening, Refusal},
+    job::{Answer, Closing, Job, Outbox, perform, present, revoked},
+    lease::{Lease, LeaseLimits, Shared},
+    rows::{EnergyRow, Event, Opened, Opening, Refusal},
 };
 use crate::{
     clock::Clock,
@@ -31,6 +32,11 @@ use crate::{
 
 /// Jobs of one transaction.
 const GROUP_MAX: usize = 256;
+/// Requests rolled up in one transaction, between jobs: admission waits for no more than that.
+const ROLL_UP_MAX: i64 = 64;
+/// How long the thread is free for others between two of them, and looks for more once all are done.
+const ROLL_UP_PAUSE: Duration = Duration::from_millis(20);
+const ROLL_UP_EVERY: Duration = Duration::from_secs(600);
 /// Rows of energy in one job, so that admission never waits for many.
 const ENERGY_ROWS_MAX: usize = 64;
 /// Requests that may wait for admission.
@@ -45,8 +51,6 @@ const RETRY: Duration = Duration::from_millis(200);
 const OUTAGE_SAID: Duration = Duration::from_secs(10);
 /// How long a client waits for a bill that cannot be written.
 const BILL_WAIT_MAX: Duration = Duration::from_secs(5);
-
-pub(super) type Closed = Box<dyn FnOnce(Option<Bill>) + Send>;
 
 /// How a ledger is run.
 #[derive(Clone, Debug)]
@@ -88,76 +92,10 @@ pub struct Ledger {
     openings: Arc<AtomicUsize>,
 }
 
-/// What engines send through: never waits.
-#[derive(Clone)]
-pub(super) struct Outbox(Sender<Job>);
-
 /// A thread and its handle.
 pub struct LedgerThread {
     pub ledger: Ledger,
     pub thread: JoinHandle<()>,
-}
-
-type Work = Box<dyn FnMut(&mut Book<'_>) -> Result<(), DbError> + Send>;
-type Done = Box<dyn FnOnce(Result<(), String>) + Send>;
-
-enum Job {
-    Open {
-        opening: Box<Opening>,
-        reply: oneshot::Sender<Result<Lease, LedgerError>>,
-    },
-    /// Anything in one transaction. It may run more than once until it is committed.
-    Run {
-        work: Work,
-        done: Done,
-    },
-    Extend {
-        asked: Extension,
-        shared: Arc<Shared>,
-    },
-    Close(Box<Closing>),
-    /// Energy of ended requests.
-    Energy(Vec<EnergyRow>),
-    /// A request that may have been admitted, and whose client was told that it was not.
-    Forget(RequestId),
-    Stop,
-}
-
-/// A request to be closed.
-struct Closing {
-    request: RequestId,
-    counted: Meterage,
-    cause: EndCause,
-    closed: Option<Closed>,
-    /// When it was first tried.
-    since_ns: Option<u64>,
-}
-
-impl Outbox {
-    /// A thread that is gone answers nothing: the lease runs out and its request ends.
-    fn send(&self, job: Job) {
-        let _ = self.0.send(job);
-    }
-
-    pub(super) fn extend(&self, asked: Extension, shared: Arc<Shared>) {
-        self.send(Job::Extend { asked, shared });
-    }
-
-    pub(super) fn close(
-        &self,
-        request: RequestId,
-        counted: Meterage,
-        cause: EndCause,
-        closed: Option<Closed>,
-    ) {
-        self.send(Job::Close(Box::new(Closing {
-            request,
-            counted,
-            cause,
-            closed,
-            since_ns: None,
-        })));
-    }
 }
 
 impl Ledger {
@@ -180,6 +118,7 @@ impl Ledger {
             revision: -1,
             unsettled: VecDeque::new(),
             outage: None,
+            roll_up: None,
             on_event: Box::new(on_event),
         };
         desk.join()?;
@@ -231,6 +170,11 @@ impl Ledger {
         }
     }
 
+    /// Rolls ended requests up into daily sums once they are as old as this; see [`Book::roll_up`].
+    pub fn retain(&self, retention: Duration) {
+        self.outbox.send(Job::Retain(retention));
+    }
+
     /// Notes the energy of ended requests, as soon as the database takes it. Never waits.
     pub fn note_energy(&self, rows: Vec<EnergyRow>) {
         for some in rows.chunks(ENERGY_ROWS_MAX) {
@@ -267,6 +211,8 @@ struct Desk {
     /// Jobs that must happen and could not yet.
     unsettled: VecDeque<Job>,
     outage: Option<Outage>,
+    /// How long requests are kept, and when the next are due.
+    roll_up: Option<(Duration, u64)>,
     on_event: Box<dyn Fn(&Event) + Send>,
 }
 
@@ -317,6 +263,7 @@ impl Desk {
             let since = Duration::from_nanos(self.clock.now_ns().saturating_sub(beat_ns));
             let due = beat_every.saturating_sub(since);
             let wait = if self.unsettled.is_empty() { due } else { due.min(RETRY) };
+            let wait = wait.min(self.roll_up_due());
             let mut group: Vec<Job> = self.unsettled.drain(..).collect();
             match jobs.recv_timeout(wait) {
                 Ok(job) => group.push(job),
@@ -330,6 +277,7 @@ impl Desk {
             }
             stopping |= group.iter().any(|job| matches!(job, Job::Stop));
             self.settle(group);
+            self.roll_up();
             let now_ns = self.clock.now_ns();
             if now_ns.saturating_sub(beat_ns) >= beat_every.as_nanos() as u64 {
                 beat_ns = now_ns;
@@ -339,10 +287,43 @@ impl Desk {
         self.leave(jobs);
     }
 
+    /// How long until requests are to be rolled up.
+    fn roll_up_due(&self) -> Duration {
+        let now_ns = self.clock.now_ns();
+        let due = |(_, at_ns): (_, u64)| Duration::from_nanos(at_ns.saturating_sub(now_ns));
+        self.roll_up.map_or(Duration::MAX, due)
+    }
+
+    /// Rolls some requests up, if it is time.
+    fn roll_up(&mut self) {
+        let Some((retention, _)) = self.roll_up else { return };
+        if !self.roll_up_due().is_zero() {
+            return;
+        }
+        let retention_ns = i64::try_from(retention.as_nanos()).unwrap_or(i64::MAX);
+        let rolled = transact(&mut *self.db, |book| book.roll_up(retention_ns, ROLL_UP_MAX));
+        let pause = match rolled {
+            Ok((rolled, _)) if rolled >= ROLL_UP_MAX as u64 => ROLL_UP_PAUSE,
+            Ok(_) => ROLL_UP_EVERY,
+            Err(error) => {
+                self.down(&error, 0);
+                ROLL_UP_EVERY
+            }
+        };
+        let at_ns = self.clock.now_ns().saturating_add(pause.as_nanos() as u64);
+        self.roll_up = Some((retention, at_ns));
+    }
+
     /// Everything at once; one by one where that fails for a reason of one of them.
     fn settle(&mut self, group: Vec<Job>) {
         let mut group = group;
-        group.retain(|job| !matches!(job, Job::Stop));
+        group.retain(|job| match job {
+            Job::Retain(retention) => {
+                self.roll_up = Some((*retention, self.clock.now_ns()));
+                false
+            }
+            job => !matches!(job, Job::Stop),
+        });
         if group.is_empty() {
             return;
         }
@@ -437,7 +418,7 @@ impl Desk {
                 // Rows that the database does not take are not tried for ever.
                 Job::Energy(_) if error.is_of_one_job() => {}
                 Job::Forget(_) | Job::Energy(_) => self.unsettled.push_back(job),
-                Job::Stop => {}
+                Job::Stop | Job::Retain(_) => {}
             }
         }
     }
@@ -518,78 +499,4 @@ impl Desk {
             tracing::error!(%error, "the ledger was left with open holds; the next start gives them up");
         }
     }
-}
-
-/// Says that this server lives. False where the database did not know it any more.
-fn present(book: &mut Book<'_>, options: &LedgerOptions) -> Result<bool, DbError> {
-    let ttl_ns = options.replica_ttl.as_nanos() as i64;
-    let known = book.heartbeat(&options.replica, ttl_ns)?;
-    if !known {
-        book.join(&options.replica, &options.name, ttl_ns)?;
-    }
-    Ok(known)
-}
-
-/// What a job led to, to be told once it is durable.
-enum Answer {
-    None,
-    Opened(Box<Result<Opened, Refusal>>),
-    Grant(Grant),
-    Bill(Option<Bill>),
-}
-
-fn perform(book: &mut Book<'_>, job: &mut Job, replica: &str) -> Result<Answer, DbError> {
-    Ok(match job {
-        Job::Open { opening, .. } => Answer::Opened(Box::new(book.open(opening, replica)?)),
-        Job::Run { work, .. } => {
-            work(book)?;
-            Answer::None
-        }
-        Job::Extend { asked, .. } => Answer::Grant(book.extend(asked)?),
-        Job::Close(closing) => {
-            let Closing { request, counted, cause, since_ns, .. } = &**closing;
-            let bill = book.close(request, &counted.used, *cause, counted.steps)?;
-            // An earlier try may have been done although its answer was lost.
-            let bill = match bill {
-                None if since_ns.is_some() => book.settled(request)?,
-                bill => bill,
-            };
-            Answer::Bill(bill)
-        }
-        Job::Forget(request) => {
-            book.forget(request)?;
-            Answer::None
-        }
-        Job::Energy(rows) => {
-            for row in rows {
-                book.note_energy(row)?;
-            }
-            Answer::None
-        }
-        Job::Stop => Answer::None,
-    })
-}
-
-/// Leases of watched requests whose key has ended.
-fn revoked(
-    book: &mut Book<'_>,
-    watched: &HashMap<RequestId, (Option<KeyId>, Weak<Shared>)>,
-) -> Result<Vec<Arc<Shared>>, DbError> {
-    let mut ended: HashMap<&KeyId, bool> = HashMap::new();
-    let mut found = Vec::new();
-    for (key, shared) in watched.values() {
-        let Some(key) = key else { continue };
-        let gone = match ended.get(key) {
-            Some(gone) => *gone,
-            None => {
-                let gone = !book.key_is_valid(key)?;
-                ended.insert(key, gone);
-                gone
-            }
-        };
-        if gone && let Some(shared) = shared.upgrade() {
-            found.push(shared);
-        }
-    }
-    Ok(found)
 }
