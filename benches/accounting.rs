@@ -28,9 +28,10 @@ use candela::{
 
 const PROMPT_TOKENS: usize = 16;
 const OUTPUT_TOKENS: u32 = 128;
-/// Pairs of one measurement. The order within a pair alternates.
-const PAIRS: usize = 16;
-const STREAMS: [usize; 3] = [1, 8, 32];
+/// Rounds of one measurement: off, on, and off again, whose ratio to the first says how noisy the
+/// machine is. Who begins changes from round to round.
+const ROUNDS: usize = 15;
+const STREAMS: [usize; 2] = [1, 8];
 /// Far above what is spent.
 const LIMIT_NANO: i128 = 1_000_000_000_000_000;
 
@@ -53,27 +54,28 @@ fn main() {
     };
     let ledger = Ledger::start(open(), Clock::system(), options, |_| {}).expect("starts");
     let (on, off) = (engine(&path, true), engine(&path, false));
-    println!("| streams | off tok/s | on tok/s | on / off: median | quartiles |");
+    println!("| streams | off tok/s | on tok/s | on / off: median, quartiles | off / off |");
     println!("| ---: | ---: | ---: | ---: | ---: |");
     let mut number = 0;
     for streams in STREAMS {
         let mut rounds = Vec::new();
-        // The first pair warms both up.
-        for pair in 0..=PAIRS {
-            let mut rates = [0.0; 2];
-            let order = if pair % 2 == 0 { [0, 1] } else { [1, 0] };
-            for side in order {
-                let leases = (0..streams).map(|_| match side {
-                    0 => Lease::unlimited(),
-                    _ => {
-                        number += 1;
-                        runtime.block_on(ledger.ledger.open(opening(number))).expect("admitted")
+        // The first round warms both up.
+        for round in 0..=ROUNDS {
+            let mut rates = [0.0; 3];
+            for turn in 0..rates.len() {
+                let side = (turn + round) % rates.len();
+                let is_on = side == 1;
+                let leases = (0..streams).map(|_| {
+                    if !is_on {
+                        return Lease::unlimited();
                     }
+                    number += 1;
+                    runtime.block_on(ledger.ledger.open(opening(number))).expect("admitted")
                 });
                 let leases = leases.collect();
-                rates[side] = runtime.block_on(decode([&off, &on][side], leases));
+                rates[side] = runtime.block_on(decode(if is_on { &on } else { &off }, leases));
             }
-            rounds.push((rates[0], rates[1]));
+            rounds.push(rates);
         }
         rounds.remove(0);
         report(streams, &rounds);
@@ -160,15 +162,17 @@ async fn read(mut stream: RequestStream) -> (Instant, Instant) {
     (first.unwrap_or(last), last)
 }
 
-fn report(streams: usize, rounds: &[(f64, f64)]) {
-    let at = |values: &mut Vec<f64>, share: f64| {
+/// Rates of a round are those of off, on, and off once more.
+fn report(streams: usize, rounds: &[[f64; 3]]) {
+    let sorted = |of: &dyn Fn(&[f64; 3]) -> f64| {
+        let mut values: Vec<f64> = rounds.iter().map(of).collect();
         values.sort_by(f64::total_cmp);
-        values[((values.len() - 1) as f64 * share).round() as usize]
+        [0.25, 0.5, 0.75].map(|share| values[((values.len() - 1) as f64 * share).round() as usize])
     };
-    let mut off: Vec<f64> = rounds.iter().map(|(off, _)| *off).collect();
-    let mut on: Vec<f64> = rounds.iter().map(|(_, on)| *on).collect();
-    let mut ratios: Vec<f64> = rounds.iter().map(|(off, on)| on / off).collect();
-    let (off, on) = (at(&mut off, 0.5), at(&mut on, 0.5));
-    let [low, middle, high] = [0.25, 0.5, 0.75].map(|share| at(&mut ratios, share));
-    println!("| {streams} | {off:.0} | {on:.0} | {middle:.4} | {low:.4} to {high:.4} |");
+    let ([_, off, _], [_, on, _]) = (sorted(&|round| round[0]), sorted(&|round| round[1]));
+    let show = |[low, middle, high]: [f64; 3]| format!("{middle:.3}, {low:.3} to {high:.3}");
+    // Against the mean of both runs without.
+    let ratio = show(sorted(&|[off, on, again]| 2.0 * on / (off + again)));
+    let control = show(sorted(&|[off, _, again]| again / off));
+    println!("| {streams} | {off:.0} | {on:.0} | {ratio} | {control} |");
 }

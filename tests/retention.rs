@@ -1,5 +1,5 @@
 //! Old requests are rolled up into daily sums: random histories on both databases, after which every
-//! sum holds and every report says what it said before.
+//! sum holds and every report says what it said before. `CANDELA_RETENTION_SEEDS` makes it longer.
 
 mod common;
 
@@ -17,6 +17,7 @@ use candela::{
         book::{Budget, DAY_NS, KeySpec, PriceSpec, RETENTION_DAYS_MIN, Role, inspect, key_hash},
         db::{Db, Sqlite},
         rows::{EndCause, Extension},
+        schema::{SCHEMA_VERSION, migrate, version},
     },
     price::{Billing, Rates, Tally},
     types::{KeyId, ModelId, NanoUsd, OrgId, RequestId, TenantId},
@@ -288,9 +289,27 @@ fn check(inner: Box<dyn Db>, seed: u64) {
     world.prove(seed);
 }
 
+/// A ledger of the first version, with a history, is brought up to date with all that is in it.
+fn check_migration(inner: Box<dyn Db>) {
+    let mut world = World::new(inner, 1);
+    world.live(100, Duration::from_secs(3600));
+    let before = world.sums();
+    let first = "DROP TABLE usage_day; DROP TABLE transfer_day; DROP TABLE rolling;
+        ALTER TABLE request DROP COLUMN energy_estimated_uj;
+        UPDATE meta SET value = 1 WHERE name = 'schema'";
+    world.db.batch(first).expect("undone");
+    migrate(&mut *world.db).expect("migrates");
+    assert_eq!(version(&mut *world.db).expect("reads"), SCHEMA_VERSION);
+    world.prove(1);
+    assert_eq!(before, world.sums());
+}
+
 #[test]
 fn random_histories_on_sqlite() {
-    let seeds = std::env::var("CANDELA_TEST_SEEDS").ok().and_then(|seeds| seeds.parse().ok());
+    let dir = tempfile::tempdir().expect("a directory");
+    let old = dir.path().join("old.sqlite");
+    check_migration(Box::new(Sqlite::open(&old, Clock::system()).expect("opens")));
+    let seeds = std::env::var("CANDELA_RETENTION_SEEDS").ok().and_then(|seeds| seeds.parse().ok());
     for seed in 0..seeds.unwrap_or(12) {
         let dir = tempfile::tempdir().expect("a directory");
         let file = dir.path().join("ledger.sqlite");
@@ -301,6 +320,8 @@ fn random_histories_on_sqlite() {
 #[test]
 fn random_histories_on_postgres() {
     let cluster = Cluster::start();
+    let old = cluster.database("old");
+    check_migration(Box::new(cluster.open(&old)));
     for seed in [101, 102] {
         let url = cluster.database(&format!("retention_{seed}"));
         check(Box::new(cluster.open(&url)), seed);

@@ -10,6 +10,7 @@ use std::{
         mpsc::{Receiver, Sender, channel},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use crate::{
@@ -20,6 +21,10 @@ use crate::{
     },
     types::RequestId,
 };
+
+/// How long steps are kept back, so that not every one of them wakes the keeper's thread up: on few
+/// cores that would hold up the next step.
+const SEND_EVERY: Duration = Duration::from_millis(100);
 
 /// What one step adds to the books.
 #[derive(Debug, Default)]
@@ -45,7 +50,7 @@ pub struct DeviceLook {
 }
 
 enum Entry {
-    Step(Box<StepRecord>),
+    Steps(Vec<StepRecord>),
     Look(DeviceLook),
     Settle(SettledSink),
     /// The engine has ended: what is not settled by now is told as an estimate.
@@ -69,8 +74,9 @@ struct Kept {
 /// The engine's pen.
 pub struct BooksWriter {
     entries: Sender<Entry>,
-    /// When the oldest step in flight was launched; `u64::MAX` while there is none.
+    /// When the oldest step in flight, or not yet sent, was launched; `u64::MAX` while there is none.
     busy_since_ns: Arc<AtomicU64>,
+    unsent: Vec<StepRecord>,
 }
 
 impl Books {
@@ -109,15 +115,28 @@ impl BooksWriter {
     }
 
     /// Adds a step; `busy_since_ns` is the launch of the oldest step still in flight, if any.
-    pub fn add(&self, record: StepRecord, busy_since_ns: Option<u64>) {
-        let _ = self.entries.send(Entry::Step(Box::new(record)));
-        // After the record: who sees this finds the record in the queue.
+    pub fn add(&mut self, record: StepRecord, busy_since_ns: Option<u64>) {
+        let end_ns = record.step.end_ns;
+        self.unsent.push(record);
+        let since_ns = self.unsent.first().map_or(end_ns, |first| first.step.end_ns);
+        if end_ns.saturating_sub(since_ns) >= SEND_EVERY.as_nanos() as u64 {
+            self.flush(busy_since_ns);
+        }
+    }
+
+    /// Sends what was kept back, as no step may follow for long.
+    pub fn flush(&mut self, busy_since_ns: Option<u64>) {
+        if !self.unsent.is_empty() {
+            let _ = self.entries.send(Entry::Steps(std::mem::take(&mut self.unsent)));
+        }
+        // After the records: who sees this finds them in the queue.
         self.busy_since_ns.store(busy_since_ns.unwrap_or(u64::MAX), Ordering::Release);
     }
 }
 
 impl Drop for BooksWriter {
     fn drop(&mut self) {
+        self.flush(None);
         let _ = self.entries.send(Entry::End);
     }
 }
@@ -129,7 +148,8 @@ pub fn keep_books(clock: Clock) -> std::io::Result<(Books, BooksWriter, JoinHand
     let (entries, arriving) = channel();
     let busy_since_ns = Arc::new(AtomicU64::new(u64::MAX));
     let books = Books { kept, entries: entries.clone() };
-    let writer = BooksWriter { entries, busy_since_ns: busy_since_ns.clone() };
+    let unsent = Vec::new();
+    let writer = BooksWriter { entries, busy_since_ns: busy_since_ns.clone(), unsent };
     let keeper = Keeper { books: books.kept.clone(), clock, busy_since_ns, sink: None };
     let thread = std::thread::Builder::new().name("candela-meter".into());
     let thread = thread.spawn(move || keeper.run(&arriving))?;
@@ -155,7 +175,7 @@ impl Keeper {
             let mut kept = books.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             for entry in entries {
                 match entry {
-                    Entry::Step(record) => kept.add_step(&record),
+                    Entry::Steps(records) => records.iter().for_each(|one| kept.add_step(one)),
                     Entry::Look(look) => {
                         kept.add_look(look);
                         looked = true;

@@ -209,6 +209,7 @@ impl<D: Device> Engine<D> {
             let end_ns = self.clock.now_ns();
             self.record(meter::DeviceStep { end_ns, ..Default::default() }, Vec::new());
         }
+        self.books.flush(self.in_flight.front().map(|next| next.launched_ns));
     }
 
     /// Rows up to `end` are computed; ends a request that wants no output.
