@@ -121,6 +121,11 @@ fn values_out_of_range_are_refused() {
     refuses("", &["--kv-cache-memory", "1KiB"], &["kv_cache_memory", "at least"]);
     refuses("", &["--drain-timeout", "99999999"], &["drain_timeout"]);
     refuses("", &["--client-stall-s-max", "0"], &["client_stall_s_max"]);
+    refuses("retention_days = 34", &[], &["retention_days", "35 to"]);
+    refuses("", &["--retention-days", "0"], &["retention_days", "35 to"]);
+    let kept = load("retention_days = 35", &[]).unwrap().retention;
+    assert_eq!(kept.map(|kept| kept.as_secs()), Some(35 * 86_400));
+    assert_eq!(load("", &[]).unwrap().retention, None, "for ever");
     refuses("", &["--model", " "], &["model", "empty"]);
     refuses("", &["--device", "cuda:1"], &["no CUDA"]);
     refuses("", &["--api-key", "short"], &["api_key"]);

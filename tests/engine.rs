@@ -29,6 +29,7 @@ fn start(change: impl FnOnce(&mut EngineSpec)) -> Assembled {
         stream_buffer_events_max: 256,
         client_stall_max: Duration::from_secs(60),
         calibration: Duration::ZERO,
+        metered: true,
     };
     change(&mut spec);
     let source = ModelSource::Gguf { path: common::default_model() };

@@ -1,10 +1,11 @@
 //! The real NVML wrapper and sampling thread against a library that we build (`fake_nvml.c`), whose
 //! GPUs are lost, reset, swapped and shared as a script says.
 
+#[path = "common/nvml.rs"]
+mod nvml;
+
 use std::{
     io::Write,
-    path::{Path, PathBuf},
-    process::Command,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -17,49 +18,12 @@ use candela::gpu::{
     ProcessUse,
 };
 
+use nvml::Fake;
+
 const A: &str = "GPU-a0000000-0000-0000-0000-000000000001";
 const B: &str = "GPU-b0000000-0000-0000-0000-000000000002";
 
-/// A library of its own for each test, as a loaded one is known to the system by its file.
-struct Fake {
-    dir: tempfile::TempDir,
-}
-
 impl Fake {
-    fn new(script: &str) -> Self {
-        Self::without(&[], script)
-    }
-
-    /// A library that lacks some functions.
-    fn without(functions: &[&str], script: &str) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_nvml.c");
-        let mut cc = Command::new("cc");
-        cc.args(["-shared", "-fPIC", "-o"]).arg(dir.path().join("libnvidia-ml.so")).arg(source);
-        cc.args(functions.iter().map(|function| format!("-DWITHOUT_{function}"))).arg("-ldl");
-        let built = cc.output().expect("cc, which Rust links with");
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let fake = Self { dir };
-        fake.script(script);
-        fake
-    }
-
-    fn library(&self) -> PathBuf {
-        self.dir.path().join("libnvidia-ml.so")
-    }
-
-    /// Changes the GPUs at once.
-    fn script(&self, text: &str) {
-        let mut file = tempfile::NamedTempFile::new_in(self.dir.path()).expect("a file");
-        file.write_all(text.as_bytes()).expect("written");
-        file.persist(self.dir.path().join("script")).expect("renamed");
-    }
-
-    fn calls(&self) -> Vec<String> {
-        let calls = std::fs::read_to_string(self.dir.path().join("calls")).unwrap_or_default();
-        calls.lines().map(str::to_owned).collect()
-    }
-
     fn open(&self) -> Result<NvmlSource, GpuFault> {
         NvmlSource::open(Some(&self.library()))
     }
@@ -73,7 +37,8 @@ impl Fake {
         listen();
         let (library, now_ns) = (self.library(), now_ns.clone());
         let open = move || NvmlSource::open(Some(&library));
-        GpuMonitor::start(open, interval, move || now_ns.load(Ordering::SeqCst)).expect("a thread")
+        let now_ns = move || now_ns.load(Ordering::SeqCst);
+        GpuMonitor::start(open, interval, now_ns, |_| {}).expect("a thread")
     }
 }
 
@@ -329,7 +294,7 @@ fn no_gpu_is_normal_and_said_once() {
     let library = dir.path().join("libnone.so");
     let path = library.clone();
     let open = move || NvmlSource::open(Some(&path));
-    let monitor = GpuMonitor::start(open, SOON, || 0).expect("a thread");
+    let monitor = GpuMonitor::start(open, SOON, || 0, |_| {}).expect("a thread");
     let snapshot = until(&monitor, |snapshot| snapshot.state != GpuState::Starting);
     assert!(matches!(snapshot.state, GpuState::Absent(GpuFault::NoLibrary(_))), "{snapshot:?}");
     std::thread::sleep(20 * SOON);

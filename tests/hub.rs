@@ -288,6 +288,7 @@ fn a_repository_becomes_a_model_that_opens() {
         stream_buffer_events_max: 64,
         client_stall_max: Duration::from_secs(60),
         calibration: Duration::ZERO,
+        metered: true,
     };
     let opened =
         assemble(&ModelId::new("m"), &model.source, &spec, Clock::system()).expect("opens");

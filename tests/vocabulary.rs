@@ -305,6 +305,7 @@ async fn a_sentencepiece_model_is_served() {
         stream_buffer_events_max: 64,
         client_stall_max: Duration::from_secs(60),
         calibration: Duration::ZERO,
+        metered: true,
     };
     let model = assemble(&ModelId::new("m"), &ModelSource::Gguf { path }, &spec, Clock::system());
     let model = model.expect("assembles");

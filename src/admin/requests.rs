@@ -56,7 +56,7 @@ fn requests(db: &mut dyn Db, call: &Call) -> Result<Value, AdminError> {
         "SELECT id, org_id, tenant_id, key_id, model, user_label, metadata, state, choices,
         opened_ns, closed_ns, uncached_input, cached_input, output, device_ns,
         billable_device_ns, energy_uj, posted, token_cost, device_cost, price_version, leases,
-        steps, end_cause, unrecorded_max, granted
+        steps, end_cause, unrecorded_max, granted, energy_estimated_uj
         FROM request WHERE closed_ns >= $1 AND (closed_ns > $1 OR id > $2) AND closed_ns < $3
         AND ($4 = '' OR tenant_id = $4) ORDER BY closed_ns, id LIMIT $5",
         &[
@@ -86,7 +86,8 @@ fn view_row(row: &Row) -> Result<Value, DbError> {
         "duration_ms": closed_ns.map(|closed_ns| Ok::<_, DbError>((closed_ns - row.int(9)?) / 1_000_000)).transpose()?,
         "input_tokens": row.int(11)? + row.int(12)?, "cached_input_tokens": row.int(12)?,
         "output_tokens": row.int(13)?, "gpu_ns": row.int(14)?, "billable_gpu_ns": row.int(15)?,
-        "energy_uj": row.int_or_null(16)?, "cost_usd": usd(17)?, "token_cost_usd": usd(18)?,
+        "energy_uj": row.int_or_null(16)?,
+        "energy_estimated_uj": row.int_or_null(26)?, "cost_usd": usd(17)?, "token_cost_usd": usd(18)?,
         "gpu_cost_usd": usd(19)?, "price_version": row.int(20)?, "leases": row.int(21)?,
         "steps": row.int(22)?, "end_cause": label(23)?, "unrecorded_max_usd": usd(24)?,
         "held_in_all_usd": usd(25)?,
@@ -101,6 +102,7 @@ fn explain(db: &mut dyn Db, call: &Call) -> Result<Value, AdminError> {
         state, choices, opened_ns, closed_ns, uncached_input, request.cached_input,
         request.output, device_ns, billable_device_ns, energy_uj, posted, token_cost,
         device_cost, price_version, leases, steps, end_cause, unrecorded_max, granted,
+        energy_estimated_uj,
         price.input, price.cached_input, price.output, price.request, price.device_second,
         price.billing, price.origin
         FROM request JOIN price ON price.version = request.price_version WHERE request.id = $1",
@@ -112,9 +114,9 @@ fn explain(db: &mut dyn Db, call: &Call) -> Result<Value, AdminError> {
     let mut shown = view_row(row)?;
     let usd = |index| row.int(index).map(amount);
     shown["price"] = json!({
-        "version": row.int(20)?, "input_usd": usd(26)?, "cached_input_usd": usd(27)?,
-        "output_usd": usd(28)?, "request_usd": usd(29)?, "gpu_second_usd": usd(30)?,
-        "billing": row.text(31)?, "origin": row.text(32)?,
+        "version": row.int(20)?, "input_usd": usd(27)?, "cached_input_usd": usd(28)?,
+        "output_usd": usd(29)?, "request_usd": usd(30)?, "gpu_second_usd": usd(31)?,
+        "billing": row.text(32)?, "origin": row.text(33)?,
     });
     let moved = db.query(
         "SELECT at_ns, window_ns, kind, amount, debit, credit, memo FROM transfer

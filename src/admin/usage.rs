@@ -34,7 +34,7 @@ const COMMON: &[Field] = &[
 
 pub const USAGE: Route = Route {
     name: "completionsUsage",
-    summary: "Tokens and requests by time, as OpenAI's usage API has them. Keys of tenants see their tenant.",
+    summary: "Tokens and requests by time, as OpenAI's usage API has them. Days that were rolled up count at their start, in UTC. Keys of tenants see their tenant.",
     verb: Verb::Get,
     path: "/v1/organization/usage/completions",
     least: Role::Tenant,
@@ -60,7 +60,7 @@ pub const USAGE: Route = Route {
 
 pub const COSTS: Route = Route {
     name: "costs",
-    summary: "What was charged less what was refunded, by time, as OpenAI's costs API has it. It agrees with the windows of budgets. Keys of tenants see their tenant.",
+    summary: "What was charged less what was refunded, by time, as OpenAI's costs API has it. It agrees with the windows of budgets. Days that were rolled up count at their start, in UTC. Keys of tenants see their tenant.",
     verb: Verb::Get,
     path: "/v1/organization/costs",
     least: Role::Tenant,
@@ -207,19 +207,30 @@ fn or_null(label: &str) -> Option<&str> {
 fn usage(db: &mut dyn Db, call: &Call) -> Result<Value, AdminError> {
     let asked = Question::of(call, db.now_ns()?)?;
     let rows = db.query(
-        "SELECT closed_ns / $1,
+        "SELECT at_ns / $1,
         CASE WHEN CAST($2 AS BIGINT) = 1 THEN tenant_id ELSE '' END,
         CASE WHEN CAST($3 AS BIGINT) = 1 THEN key_id ELSE '' END,
         CASE WHEN CAST($4 AS BIGINT) = 1 THEN model ELSE '' END,
         CASE WHEN CAST($5 AS BIGINT) = 1 THEN user_label ELSE '' END,
-        COUNT(*), CAST(SUM(uncached_input) AS BIGINT), CAST(SUM(cached_input) AS BIGINT),
-        CAST(SUM(output) AS BIGINT), CAST(SUM(device_ns) AS BIGINT), CAST(SUM(posted) AS BIGINT)
-        FROM request WHERE closed_ns >= $6 AND closed_ns < $7 AND ($8 = '' OR tenant_id = $8)
+        CAST(SUM(requests) AS BIGINT), CAST(SUM(uncached_input) AS BIGINT),
+        CAST(SUM(cached_input) AS BIGINT), CAST(SUM(output) AS BIGINT),
+        CAST(SUM(device_ns) AS BIGINT), CAST(SUM(posted) AS BIGINT),
+        CAST(SUM(energy_uj) AS BIGINT)
+        FROM (
+            SELECT closed_ns AS at_ns, tenant_id, key_id, model, user_label, 1 AS requests,
+            uncached_input, cached_input, output, device_ns, posted,
+            COALESCE(energy_uj, 0) AS energy_uj
+            FROM request WHERE closed_ns >= $6 AND closed_ns < $7 AND ($8 = '' OR tenant_id = $8)
+            UNION ALL
+            SELECT day_ns, tenant_id, key_id, model, user_label, requests, uncached_input,
+            cached_input, output, device_ns, posted, energy_uj
+            FROM usage_day WHERE day_ns >= $6 AND day_ns < $7 AND ($8 = '' OR tenant_id = $8)
+        ) AS used
         GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5 LIMIT $9",
         &asked.values(),
     )?;
     check_size(rows.len())?;
-    let mut sums: BTreeMap<(i64, [String; 4]), [i64; 6]> = BTreeMap::new();
+    let mut sums: BTreeMap<(i64, [String; 4]), [i64; 7]> = BTreeMap::new();
     for row in &rows {
         let labels = [row.text(1)?, row.text(2)?, row.text(3)?, row.text(4)?];
         if !asked.allows(&labels) {
@@ -232,14 +243,14 @@ fn usage(db: &mut dyn Db, call: &Call) -> Result<Value, AdminError> {
     }
     let mut results: BTreeMap<i64, Vec<Value>> = BTreeMap::new();
     for ((bucket, [project, key, model, user]), sum) in sums {
-        let [requests, uncached, cached, output, device_ns, posted] = sum;
+        let [requests, uncached, cached, output, device_ns, posted, energy_uj] = sum;
         results.entry(bucket).or_default().push(json!({
             "object": "organization.usage.completions.result",
             "input_tokens": uncached + cached, "output_tokens": output,
             "input_cached_tokens": cached, "input_audio_tokens": 0, "output_audio_tokens": 0,
             "num_model_requests": requests, "project_id": or_null(&project),
             "user_id": or_null(&user), "api_key_id": or_null(&key), "model": or_null(&model),
-            "batch": null, "gpu_ns": device_ns, "cost_usd": amount(posted),
+            "batch": null, "gpu_ns": device_ns, "energy_uj": energy_uj, "cost_usd": amount(posted),
         }));
     }
     Ok(asked.page(results))
@@ -248,15 +259,23 @@ fn usage(db: &mut dyn Db, call: &Call) -> Result<Value, AdminError> {
 fn costs(db: &mut dyn Db, call: &Call) -> Result<Value, AdminError> {
     let asked = Question::of(call, db.now_ns()?)?;
     let rows = db.query(
-        "SELECT window_ns / $1,
-        CASE WHEN CAST($2 AS BIGINT) = 1 THEN transfer.tenant_id ELSE '' END,
-        CASE WHEN CAST($3 AS BIGINT) = 1 THEN transfer.key_id ELSE '' END,
-        CASE WHEN CAST($4 AS BIGINT) = 1 THEN COALESCE(request.model, '') ELSE '' END,
-        CASE WHEN CAST($5 AS BIGINT) = 1 THEN COALESCE(request.user_label, '') ELSE '' END,
+        "SELECT at_ns / $1,
+        CASE WHEN CAST($2 AS BIGINT) = 1 THEN tenant_id ELSE '' END,
+        CASE WHEN CAST($3 AS BIGINT) = 1 THEN key_id ELSE '' END,
+        CASE WHEN CAST($4 AS BIGINT) = 1 THEN model ELSE '' END,
+        CASE WHEN CAST($5 AS BIGINT) = 1 THEN user_label ELSE '' END,
         kind, CAST(SUM(amount) AS BIGINT)
-        FROM transfer LEFT JOIN request ON request.id = transfer.request_id
-        WHERE window_ns >= $6 AND window_ns < $7 AND ($8 = '' OR transfer.tenant_id = $8)
-        AND kind IN ('charge', 'refund')
+        FROM (
+            SELECT window_ns AS at_ns, transfer.tenant_id, transfer.key_id,
+            COALESCE(request.model, '') AS model, COALESCE(request.user_label, '') AS user_label,
+            kind, amount
+            FROM transfer LEFT JOIN request ON request.id = transfer.request_id
+            WHERE window_ns >= $6 AND window_ns < $7 AND ($8 = '' OR transfer.tenant_id = $8)
+            UNION ALL
+            SELECT day_ns, tenant_id, key_id, model, user_label, kind, amount FROM transfer_day
+            WHERE day_ns >= $6 AND day_ns < $7 AND ($8 = '' OR tenant_id = $8)
+        ) AS moved
+        WHERE kind IN ('charge', 'refund')
         GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6 LIMIT $9",
         &asked.values(),
     )?;

@@ -4,12 +4,12 @@
 use serde_json::{Value, json};
 
 use crate::{
-    engine::{OutputToken, RequestUsage, SoFar, StreamEvent},
+    engine::{OutputToken, RequestUsage, SoFar, StreamEvent, books::Books},
     ledger::{Bill, EndCause},
     price::usd,
     sampling::TokenLogprobs,
     text::{Lead, Tokenizer},
-    types::{NanoUsd, TokenId},
+    types::{NanoUsd, RequestId, TokenId},
 };
 
 use super::ApiError;
@@ -58,6 +58,10 @@ pub struct Options {
     pub echoes: Option<Vec<Echo>>,
     /// One a prompt: what the text of its choices loses at its start.
     pub leads: Vec<Lead>,
+    /// One a prompt, as the books know it.
+    pub requests: Vec<RequestId>,
+    /// Says what the device drew for a request.
+    pub books: Books,
 }
 
 /// Follows the events of one request.
@@ -68,6 +72,8 @@ pub struct Answer {
     usage: RequestUsage,
     /// One a prompt.
     bills: Vec<Bill>,
+    /// Of the prompts that are done; `None` where nobody reads the device's energy.
+    energy_uj: Option<u64>,
     so_far: Vec<SoFar>,
     prompts_done: usize,
     error: Option<String>,
@@ -104,6 +110,7 @@ impl Answer {
             choices,
             usage: RequestUsage::default(),
             bills: Vec::new(),
+            energy_uj: None,
             prompts_done: 0,
             error: None,
         }
@@ -206,6 +213,11 @@ impl Answer {
                 index..index + 1
             }
             StreamEvent::Done(counts, bill) => {
+                let Options { books, requests, .. } = &self.options;
+                let device_ns = bill.as_ref().map_or(0, |bill| bill.used.device_ns);
+                if let Some(energy) = books.estimate(&requests[prompt], device_ns) {
+                    self.energy_uj = Some(self.energy_uj.unwrap_or(0) + energy.total_uj());
+                }
                 self.bills.extend(bill);
                 self.usage.prompt_tokens += counts.prompt_tokens;
                 self.usage.cached_tokens += counts.cached_tokens;
@@ -283,6 +295,11 @@ impl Answer {
                 "price_version": self.bills[0].price_version,
                 "gpu_ms": device_ns as f64 / 1e6,
             });
+            // The windows it ran in are not settled yet; the ledger's row is, a moment later.
+            if let Some(uj) = self.energy_uj {
+                usage["cost_details"]["joules"] = (uj as f64 / 1e6).into();
+                usage["cost_details"]["joules_estimated"] = true.into();
+            }
         }
         usage
     }

@@ -46,17 +46,23 @@ pub async fn estimate(
     });
     let Prepared { requests, .. } =
         task.await.map_err(|_| ApiError::internal("preparing the estimate failed"))??;
-    let asked: Vec<(Opening, u64)> = requests
+    let bound = state.model.engine.snapshot().device_bound;
+    let asked: Vec<(Opening, u64, u64)> = requests
         .into_iter()
         .map(|(request, opening)| {
             let output = u64::from(request.stop.max_tokens) * u64::from(request.choices);
-            (opening, output)
+            let worst_ns = bound.map_or(0, |bound| {
+                let scored = request.prompt_logprobs.is_some();
+                let (input, max) = (request.prompt.len(), request.stop.max_tokens);
+                bound.worst_ns(input, max, request.choices, scored)
+            });
+            (opening, output, worst_ns)
         })
         .collect();
-    let input_tokens: u64 = asked.iter().map(|(opening, _)| opening.input_tokens).sum();
-    let output_tokens: u64 = asked.iter().map(|(_, output)| output).sum();
+    let input_tokens: u64 = asked.iter().map(|(opening, ..)| opening.input_tokens).sum();
+    let output_tokens: u64 = asked.iter().map(|(_, output, _)| output).sum();
     let quotes = state.ledger.run(move |book| {
-        let quotes = asked.iter().map(|(opening, output)| book.quote(opening, *output));
+        let quotes = asked.iter().map(|(opening, output, ns)| book.quote(opening, *output, *ns));
         quotes.collect::<Result<Vec<_>, _>>()
     });
     let quotes = quotes.await?.into_iter().collect::<Result<Vec<_>, _>>();

@@ -193,6 +193,7 @@ pub(super) fn prepare(
         return Err(ApiError::too_long(tokens, model.context_tokens_max).at(shape.prompt_field()));
     }
     let parts = prompts.len() as u32;
+    let bound = model.engine.snapshot().device_bound;
     let mut idempotency = money.idempotency;
     let requests = prompts.iter().enumerate().map(|(index, (ids, _))| {
         let id = match parts {
@@ -207,7 +208,9 @@ pub(super) fn prepare(
             metadata: metadata.clone(),
             input_tokens: ids.len() as u64,
             choices,
-            device_bound_ns: 0,
+            device_bound_ns: bound.map_or(0, |bound| {
+                bound.opening_ns(ids.len(), choices, logprobs.is_some() && echo)
+            }),
             cap,
             parts,
             // The first prompt stands for the call.
@@ -246,6 +249,8 @@ pub(super) fn prepare(
         logprobs: logprobs.is_some(),
         echoes,
         leads,
+        requests: requests.iter().map(|(request, _)| request.id.clone()).collect(),
+        books: state.books.clone(),
     });
     Ok(Prepared { requests, answer })
 }

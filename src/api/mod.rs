@@ -5,6 +5,7 @@ mod answer;
 mod error;
 mod estimate;
 mod generate;
+mod gpus;
 mod record;
 mod request;
 mod tokens;
@@ -25,7 +26,8 @@ use serde_json::json;
 use crate::{
     admission::{Caller, Door},
     clock::Clock,
-    engine::{EngineHandle, metering::Books},
+    engine::{EngineHandle, books::Books},
+    gpu::GpuFeed,
     ledger::{Ledger, Reader, book::Role},
     meter::By,
     telemetry::Metrics,
@@ -59,6 +61,9 @@ pub struct AppState {
     pub ledger: Ledger,
     /// Who used the device.
     pub books: Books,
+    /// The machine's GPUs, and which of them the engine's device is.
+    pub gpus: GpuFeed,
+    pub gpu_uuid: Option<String>,
     pub reader: Reader,
     pub choices_max: u32,
     pub logprobs_top_max: u32,
@@ -186,8 +191,9 @@ async fn openapi(State(state): State<Arc<AppState>>) -> Result<Json<serde_json::
 async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
     let window_ns = METRICS_WINDOW.as_nanos() as u64;
-    let device = state.books.lock().utilization(state.clock.now_ns(), window_ns, By::Tenant);
-    match state.metrics.render(&state.model.engine.snapshot(), tasks, &device) {
+    let device = state.books.utilization(state.clock.now_ns(), window_ns, By::Tenant);
+    let (engine, gpus) = (state.model.engine.snapshot(), state.gpus.snapshot());
+    match state.metrics.render(&engine, tasks, &device, &gpus) {
         Ok(text) => {
             ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
         }

@@ -10,7 +10,7 @@ use axum::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{ApiError, AppState};
+use super::{ApiError, AppState, gpus};
 use crate::{
     meter::{By, Overhead, Report, Usage},
     price::usd,
@@ -48,8 +48,12 @@ pub async fn utilization(
         _ => return Err(ApiError::invalid(Some("by"), "`by` must be tenant, key or model")),
     };
     let (now_ns, window_ns) = (state.clock.now_ns(), window.as_nanos() as u64);
-    let report = state.books.lock().utilization(now_ns, window_ns, by);
-    Ok(Json(describe(&report, name)))
+    let report = state.books.utilization(now_ns, window_ns, by);
+    let mut answer = describe(&report, name);
+    let seen = state.gpus.snapshot();
+    answer["gpus"] = gpus::describe(&seen, state.gpu_uuid.as_deref(), std::process::id());
+    answer["gpus_fault"] = gpus::reason(&seen).into();
+    Ok(Json(answer))
 }
 
 /// A number and its unit.

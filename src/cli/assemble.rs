@@ -33,6 +33,7 @@ pub struct EngineSpec {
     pub stream_buffer_events_max: usize,
     pub client_stall_max: Duration,
     pub calibration: Duration,
+    pub metered: bool,
 }
 
 /// A loaded model and its engine.
@@ -117,6 +118,7 @@ pub fn assemble(
         stream_buffer_events_max: spec.stream_buffer_events_max,
         client_stall_max: spec.client_stall_max,
         calibration: spec.calibration,
+        metered: spec.metered,
         eos_token_ids: config.eos_token_ids.clone(),
         sliding_window: config.window(),
     };

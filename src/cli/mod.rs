@@ -4,6 +4,7 @@ mod admin;
 pub mod assemble;
 pub mod bench;
 mod doctor;
+mod gpus;
 mod ledger;
 pub mod logging;
 pub mod machine;
@@ -12,6 +13,7 @@ mod open_ledger;
 mod pull;
 mod reload;
 mod serve;
+mod top;
 
 use std::{io::Write, process::ExitCode};
 
@@ -43,6 +45,7 @@ Examples:
   candela key create --tenant acme
   candela budget set --tenant acme --month 100
   candela usage
+  candela top --by key
   candela pull qwen2.5-coder-1.5b-instruct
   candela bench --url http://127.0.0.1:8000 --num-prompts 64 --concurrency 8";
 
@@ -82,6 +85,8 @@ enum Command {
     Refund(admin::RefundArgs),
     /// What was used and what it cost, or the raw rows
     Usage(admin::UsageArgs),
+    /// Who uses the device now: shares of its time, tokens, energy and cost, until stopped
+    Top(top::TopArgs),
     /// What a request used and cost, at which price, and why it ended
     Explain(admin::ExplainArgs),
     /// Who changed what
@@ -120,6 +125,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Credit(args) => admin::credit(args),
         Command::Refund(args) => admin::refund(args),
         Command::Usage(args) => admin::usage(args),
+        Command::Top(args) => top::top(args),
         Command::Explain(args) => admin::explain(args),
         Command::Audit(args) => admin::audit(args),
         Command::Events(args) => admin::events(args),

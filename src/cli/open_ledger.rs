@@ -65,6 +65,9 @@ pub fn open(config: &Config, model: &ModelId, prices: Option<Prices>) -> Result<
         },
     };
     let thread = Ledger::start(db, clock, options, say)?;
+    if let Some(retention) = config.retention {
+        thread.ledger.retain(retention);
+    }
     let reader = Reader::new(open_db(&config.ledger)?);
     Ok(OpenLedger { thread, reader, _lock: lock })
 }

@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use super::{
     assemble::{Assembled, EngineSpec, assemble, isa_max, kv_dtype},
-    logging, machine,
+    gpus, logging, machine,
     net::{self, DrainHooks, Stopped},
     open_ledger, pull,
     reload::{hangups, reload},
@@ -49,12 +49,15 @@ pub fn serve(settings: Settings) -> anyhow::Result<ExitCode> {
         // First, so that a taken port is known before a model is fetched and loaded.
         net::bind(SocketAddr::new(config.host, config.port))?
     };
-    let (id, model, prices) = load(&config)?;
+    let clock = Clock::system();
+    let (id, model, prices) = load(&config, clock.clone())?;
     let ledger = open_ledger::open(&config, &id, prices)?;
     let books = ledger.thread.ledger.clone();
     let engine = model.engine.handle.clone();
-    let thread = model.engine.thread;
-    let clock = Clock::system();
+    let (thread, keeper) = (model.engine.thread, model.engine.keeper);
+    gpus::note_energy(&model.engine.books, books.clone());
+    let gpu_uuid = model.engine.gpu_uuid.or(config.meter_gpu_uuid.clone());
+    let monitor = gpus::watch(clock.clone(), model.engine.books.clone(), gpu_uuid.clone())?;
     let model_name = id.clone();
     let state = AppState {
         model: ServedModel {
@@ -68,6 +71,8 @@ pub fn serve(settings: Settings) -> anyhow::Result<ExitCode> {
         door: Door::new(books.clone(), clock.clone(), anonymous(&config)),
         ledger: books.clone(),
         books: model.engine.books,
+        gpus: monitor.feed(),
+        gpu_uuid,
         reader: ledger.reader.clone(),
         clock,
         choices_max: config.choices_max.min(config.running_seqs_max) as u32,
@@ -88,6 +93,9 @@ pub fn serve(settings: Settings) -> anyhow::Result<ExitCode> {
     }
     engine.stop();
     let died = thread.join().is_err();
+    drop(monitor);
+    // Tells the ledger what energy it still knows.
+    let died = keeper.join().is_err() || died;
     // After the engine, whose last requests are settled by it.
     books.stop();
     let died = ledger.thread.thread.join().is_err() || died;
@@ -102,7 +110,7 @@ fn anonymous(config: &Config) -> Anonymous {
     }
 }
 
-fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled, Option<Prices>)> {
+fn load(config: &Config, clock: Clock) -> anyhow::Result<(ModelId, Assembled, Option<Prices>)> {
     let registry = Registry::new(pull::registry_options(&config.sources))?;
     let wanted = config.model.as_deref().unwrap_or(DEFAULT_MODEL);
     let resolved = registry.resolve(wanted, &BarProgress::default())?;
@@ -120,8 +128,9 @@ fn load(config: &Config) -> anyhow::Result<(ModelId, Assembled, Option<Prices>)>
         stream_buffer_events_max: config.stream_buffer_events_max,
         client_stall_max: config.client_stall_max,
         calibration: CALIBRATION,
+        metered: true,
     };
-    let model = assemble(&id, &resolved.source, &spec, Clock::system())
+    let model = assemble(&id, &resolved.source, &spec, clock)
         .with_context(|| format!("loading {wanted}"))?;
     Ok((id, model, resolved.prices))
 }

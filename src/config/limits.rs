@@ -26,6 +26,11 @@ pub const KV_CACHE_MEMORY_BYTES_MIN: u64 = 1 << 20;
 
 pub const LEASE_OUTSTANDING_TOKENS_MAX: u64 = 256;
 
+/// Present windows of budgets must not reach into rolled-up days, and a month is the longest.
+pub const RETENTION_DAYS_LEAST: u64 = 35;
+/// A hundred years.
+pub const RETENTION_DAYS_LIMIT: u64 = 36_500;
+
 pub const CHOICES_MAX: u64 = 16;
 pub const LOGPROBS_TOP_MAX: u64 = 20;
 /// OpenAI's own bound on `n`; also bounds what one request may occupy.

@@ -58,6 +58,8 @@ pub struct Config {
 
     pub ledger: LedgerPlace,
     pub lease_outstanding_tokens_max: usize,
+    /// How long ended requests are kept before they are rolled up; none means for ever.
+    pub retention: Option<Duration>,
     /// Set into the price book at the start and at SIGHUP.
     pub prices: Vec<FilePrice>,
 
@@ -72,6 +74,8 @@ pub struct Config {
     pub waiting_requests_max: usize,
 
     pub device: Device,
+    /// Which GPU the device is, where it does not say so itself.
+    pub meter_gpu_uuid: Option<String>,
     /// Threads of the CPU device; none means every core this process may use.
     pub threads: Option<usize>,
     /// Longest prompt plus output; none means what the model was trained for.

@@ -79,6 +79,11 @@ settings! {
     #[arg(long, env = "CANDELA_LEASE_OUTSTANDING_TOKENS_MAX", value_name = "TOKENS", help_heading = "Money")]
     lease_outstanding_tokens_max: u64,
 
+    /// Days that rows of ended requests are kept; older ones are rolled up into daily sums by tenant,
+    /// key, model and user. At least 35, for budgets of a month [default: for ever]
+    #[arg(long, env = "CANDELA_RETENTION_DAYS", value_name = "DAYS", help_heading = "Money")]
+    retention_days: u64,
+
     /// Prices; `[[price]]` of the file alone
     #[arg(skip)]
     price: Vec<FilePrice>,
@@ -122,6 +127,10 @@ settings! {
     /// the processor has]
     #[arg(long, env = "CANDELA_ISA_MAX", value_name = "NAME", help_heading = "Engine")]
     isa_max: IsaMax,
+    /// Take the device for the GPU of this UUID, whose energy is then attributed. For a device that
+    /// does not say which GPU it is, and for tests
+    #[arg(long, env = "CANDELA_METER_GPU_UUID", value_name = "UUID", hide = true)]
+    meter_gpu_uuid: String,
     /// Longest prompt plus output in tokens [default: the model's own]
     #[arg(long, env = "CANDELA_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Engine")]
     max_model_len: u64,

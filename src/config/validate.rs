@@ -38,6 +38,12 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
             LEASE_OUTSTANDING_TOKENS_MAX,
             1..=COUNT_LIMIT,
         )?,
+        retention: optional(
+            "retention_days",
+            settings.retention_days,
+            RETENTION_DAYS_LEAST..=RETENTION_DAYS_LIMIT,
+        )?
+        .map(|days| Duration::from_secs(days * 24 * 60 * 60)),
         prices: settings.price.unwrap_or_default(),
         host,
         port: settings.port.unwrap_or(PORT),
@@ -64,6 +70,7 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
             1..=COUNT_LIMIT,
         )?,
         device: settings.device.unwrap_or(Device::Auto),
+        meter_gpu_uuid: not_empty("meter_gpu_uuid", settings.meter_gpu_uuid)?,
         threads: optional_count("threads", settings.threads, 1..=THREADS_LIMIT)?,
         context_tokens_max: optional_count(
             "max_model_len",

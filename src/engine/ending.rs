@@ -36,6 +36,7 @@ impl<D: Device> Engine<D> {
     fn take(&mut self, owner: SeqId) -> Option<Live> {
         let mut live = self.live.remove(&owner)?;
         self.used.extend(live.take_unbooked());
+        self.ended.push(live.request.id.clone());
         if !live.admitted {
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         }
@@ -46,10 +47,10 @@ impl<D: Device> Engine<D> {
     /// Renews leases that run low, and ends requests whose money has ended.
     pub(super) fn settle_leases(&mut self) {
         let mut ended = Vec::new();
+        let bound = self.metering.bound(&self.options.limits);
         for (owner, live) in &mut self.live {
             if live.lease.bills_device() {
-                let (seq, context) = live.longest(&self.scheduler);
-                live.lease.bound_token(self.metering.token_bound_ns(seq, context));
+                live.bound_device(&bound, &self.scheduler);
             }
             live.lease.renew(live.live_sequences(), live.in_flight);
             if let Some(cause) = live.lease.end(live.in_flight) {

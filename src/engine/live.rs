@@ -4,6 +4,8 @@ use tokio::sync::mpsc::Sender;
 
 use super::{
     Submission,
+    device_bound::DeviceBound,
+    metering::Share,
     output::{ChoiceOutput, Piece},
     request::{GenerateRequest, OutputToken, RequestError, RequestUsage, SoFar, StreamEvent},
 };
@@ -36,6 +38,8 @@ pub(super) struct Live {
     pub lease: Lease,
     /// Tokens that launched steps draw and that are not committed yet.
     pub in_flight: u64,
+    /// Of its input: that of its admission, so that what is held for it stays enough.
+    bound: DeviceBound,
     /// Whom its device time is booked to.
     pub owner: Owner,
     /// What the books know of already.
@@ -66,6 +70,7 @@ impl Live {
         seqs: &[SeqId],
         tokenizer: &Tokenizer,
         model: &ModelId,
+        bound: DeviceBound,
     ) -> Self {
         let Submission { request, lease, events } = submission;
         let chain = lease.opened().map(|opened| &opened.chain);
@@ -86,6 +91,7 @@ impl Live {
             admitted: false,
             lease,
             in_flight: 0,
+            bound,
             owner,
             booked: Tally::default(),
             booked_cost: NanoUsd(0),
@@ -120,13 +126,24 @@ impl Live {
         (tokens != Tokens::default()).then(|| (self.owner.clone(), tokens))
     }
 
-    /// The sequence with the longest context: its next token takes the most.
-    pub fn longest(&self, scheduler: &Scheduler) -> (SeqId, usize) {
-        let lens = self.choices.iter().filter(|choice| !choice.done).map(|choice| {
-            (scheduler.get(choice.seq).map_or(0, |sequence| sequence.len()), choice.seq)
-        });
-        let (len, seq) = lens.max().unwrap_or((0, SeqId(0)));
-        (seq, len.max(self.request.prompt.len()))
+    /// Tells the lease what the rest of the input and one more token take of the device at most:
+    /// that of the longest sequence, `now` being the bound of steps from here on.
+    pub fn bound_device(&mut self, now: &DeviceBound, scheduler: &Scheduler) {
+        let lens = self.choices.iter().filter(|choice| !choice.done);
+        let lens = lens.filter_map(|choice| scheduler.get(choice.seq).map(|seq| seq.len()));
+        let prompt = self.request.prompt.len();
+        let context = lens.max().unwrap_or(0).max(prompt);
+        let scored = self.request.prompt_logprobs.is_some();
+        let input_ns = self.bound.input_ns(self.prompt_computed, prompt, scored);
+        self.lease.bound_device(input_ns, now.token_ns(context));
+    }
+
+    /// Charges this request's part of a step. Returns what of it is not charged, though billed by
+    /// time: what nobody held.
+    pub fn use_device(&mut self, share: &Share, now: &DeviceBound) -> u64 {
+        let is_input = share.work.useful.prefill_qk_pairs > 0;
+        let bound = if is_input { &self.bound } else { now };
+        self.lease.use_device(share.device_ns, bound.seq_ns(share.work))
     }
 
     pub fn prompt_tokens(&self) -> u64 {

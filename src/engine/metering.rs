@@ -1,78 +1,23 @@
-//! Device time, tokens and KV blocks of every step, to those who used them.
+//! Device time of every step, to those who used it.
 //!
-//! The engine splits a step and charges leases itself; the books over time are kept by a thread of
-//! their own, so that whoever reads them never holds the engine up.
+//! The engine splits a step and charges leases itself; the books over time are kept elsewhere.
 
-use std::{
-    sync::{
-        Arc, Mutex, MutexGuard,
-        mpsc::{Receiver, Sender, channel},
-    },
-    thread::JoinHandle,
-};
-
+use super::device_bound::DeviceBound;
 use crate::{
-    meter::{
-        Account, AccountLimits, Coefficients, DeviceStep, Overhead, Owner, Sample, SeqWork,
-        StepModel, StepWork, Tokens, split,
-    },
-    scheduler::{Scheduler, StepPlan},
+    meter::{Coefficients, Overhead, Owner, Sample, SeqWork, StepModel, StepWork, split},
+    scheduler::{Limits, Scheduler, StepPlan},
     types::SeqId,
 };
 
 /// Shares before anything was timed: a step's fixed part weighs as much as a few dozen tokens.
 const FIRST_TERMS_NS: [f64; 4] = [1e6, 1e5, 10.0, 10.0];
 
-/// What one step adds to the books.
-#[derive(Debug, Default)]
-pub struct StepRecord {
-    pub step: DeviceStep,
-    pub tokens: Vec<(Owner, Tokens)>,
-    /// KV blocks held since the step before.
-    pub blocks: Vec<(Owner, u64)>,
-    pub blocks_from_ns: u64,
-}
-
-/// The books of a device; clones share them.
-#[derive(Clone)]
-pub struct Books(Arc<Mutex<Account>>);
-
-impl Books {
-    /// Not for the engine's thread.
-    pub fn lock(&self) -> MutexGuard<'_, Account> {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
-/// Starts the thread that keeps the books. It ends when the engine does.
-pub fn keep_books(start_ns: u64) -> std::io::Result<(Books, Sender<StepRecord>, JoinHandle<()>)> {
-    let books = Books(Arc::new(Mutex::new(Account::new(start_ns, AccountLimits::default()))));
-    let (sender, records): (_, Receiver<StepRecord>) = channel();
-    let kept = books.clone();
-    let thread = std::thread::Builder::new().name("candela-meter".into()).spawn(move || {
-        for record in records {
-            let mut account = kept.lock();
-            let end_ns = record.step.end_ns;
-            account.record_step(&record.step);
-            for (owner, tokens) in &record.tokens {
-                account.record_tokens(end_ns, owner, *tokens);
-            }
-            for (owner, blocks) in &record.blocks {
-                account.record_blocks(record.blocks_from_ns, end_ns, owner, *blocks);
-            }
-            account.settle(end_ns);
-        }
-    })?;
-    Ok((books, sender, thread))
-}
-
 /// A sequence's part of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
     pub seq: SeqId,
     pub device_ns: u64,
-    /// The most that may be charged for it.
-    pub bound_ns: u64,
+    pub work: SeqWork,
 }
 
 /// The step model of one model on one device.
@@ -114,14 +59,14 @@ impl Metering {
         StepWork { seqs: seqs.collect(), padding_tokens: 0 }
     }
 
-    /// The most that one more token of a sequence with `context` tokens takes.
-    pub fn token_bound_ns(&self, seq: SeqId, context: usize) -> u64 {
-        self.bound_ns(SeqWork::new(seq, context as u32, 1, self.window))
-    }
-
-    /// Alone in a step, a sequence takes at least what it takes among others.
-    fn bound_ns(&self, alone: SeqWork) -> u64 {
-        self.model.upper_bound_ns(&StepWork { seqs: vec![alone], padding_tokens: 0 })
+    /// What a request of now may be charged at most.
+    pub fn bound(&self, limits: &Limits) -> DeviceBound {
+        DeviceBound {
+            step: self.model.bound(),
+            window: self.window,
+            chunk_tokens: limits.step_tokens_max,
+            scored_chunk_tokens: limits.step_tokens_max.min(limits.logits_rows_max),
+        }
     }
 
     /// Splits the time of a step; `lives` says whose rows were of any use.
@@ -140,7 +85,7 @@ impl Metering {
         let shares = parts.seqs.iter().zip(&work.seqs).map(|(part, work)| Share {
             seq: part.seq,
             device_ns: part.useful_ns,
-            bound_ns: self.bound_ns(*work),
+            work: *work,
         });
         let shares = shares.collect();
         self.model.observe(&work, device_ns);

@@ -4,8 +4,10 @@
 //! the device runs, and the results are committed. With pipeline depth 2 the next step is launched
 //! before the last one is committed.
 
+pub mod books;
 mod calibrate;
 pub mod device;
+pub mod device_bound;
 mod ending;
 pub mod handle;
 pub mod inputs;

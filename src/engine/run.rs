@@ -7,7 +7,7 @@ use std::{
     sync::{
         Arc, RwLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, Sender, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, sync_channel},
     },
     thread::JoinHandle,
     time::Duration,
@@ -15,11 +15,12 @@ use std::{
 
 use super::{
     Event, Submission,
+    books::{Books, BooksWriter, keep_books},
     calibrate::measure,
     device::{Device, DeviceError},
     handle::{EngineHandle, Shared},
     live::Live,
-    metering::{Books, Metering, StepRecord, keep_books},
+    metering::Metering,
     request::RequestError,
     snapshot::EngineSnapshot,
 };
@@ -29,7 +30,7 @@ use crate::{
     meter::{DeviceStep, Overhead, Owner, StepWork, Tokens},
     scheduler::{Limits, Scheduler, SeqSpec, StepPlan},
     text::Tokenizer,
-    types::{FinishReason, ModelId, SeqId, TokenId},
+    types::{FinishReason, ModelId, RequestId, SeqId, TokenId},
 };
 
 /// How long the thread sleeps when every live sequence sits out.
@@ -55,6 +56,9 @@ pub struct EngineOptions {
     pub sliding_window: Option<usize>,
     /// How long steps are timed before anyone is served; zero does without.
     pub calibration: Duration,
+    /// Whether device time is divided and booked. Without, nobody can be charged for it and the books
+    /// stay empty: for measuring what it costs.
+    pub metered: bool,
 }
 
 /// A running engine thread.
@@ -63,6 +67,10 @@ pub struct EngineThread {
     pub thread: JoinHandle<()>,
     /// Who used the device.
     pub books: Books,
+    /// Keeps the books; ends after the engine, once it has told all that it knows.
+    pub keeper: JoinHandle<()>,
+    /// What the device calls itself, if it is a GPU.
+    pub gpu_uuid: Option<String>,
 }
 
 /// Starts the thread; `make` builds the device on it, and its error is returned here.
@@ -78,8 +86,10 @@ pub fn start<D: Device>(
             .and_then(|device| EngineWithoutThread::new(options, tokenizer, clock, device))
             .and_then(|mut made| made.engine.calibrate().map(|()| made));
         match engine {
-            Ok(EngineWithoutThread { engine, inbox, handle, books, keeper: _ }) => {
-                let _ = ready.send(Ok((handle, books)));
+            Ok(EngineWithoutThread { engine, inbox, handle, books, keeper }) => {
+                engine.publish();
+                let gpu_uuid = engine.device.gpu_uuid();
+                let _ = ready.send(Ok((handle, books, keeper, gpu_uuid)));
                 engine.run(&inbox);
             }
             Err(error) => drop(ready.send(Err(error))),
@@ -87,8 +97,8 @@ pub fn start<D: Device>(
     });
     let thread = thread.map_err(|error: io::Error| DeviceError(error.to_string()))?;
     let died = || Err(DeviceError("the engine thread died".into()));
-    let (handle, books) = made.recv().unwrap_or_else(|_| died())?;
-    Ok(EngineThread { handle, thread, books })
+    let (handle, books, keeper, gpu_uuid) = made.recv().unwrap_or_else(|_| died())?;
+    Ok(EngineThread { handle, thread, books, keeper, gpu_uuid })
 }
 
 /// An engine whose caller takes the turns that its thread would: for simulations.
@@ -119,7 +129,7 @@ impl<D: Device> EngineWithoutThread<D> {
             draining: AtomicBool::new(false),
             alive: AtomicBool::new(true),
         });
-        let kept = keep_books(clock.now_ns()).map_err(|error| DeviceError(error.to_string()))?;
+        let kept = keep_books(clock.clone()).map_err(|error| DeviceError(error.to_string()))?;
         let (books, records, keeper) = kept;
         let (sender, inbox) = sync_channel(options.waiting_requests_max + 16);
         let handle = EngineHandle { inbox: sender, shared: shared.clone() };
@@ -153,6 +163,7 @@ pub(super) struct InFlight {
     pub(super) scores: Vec<SeqId>,
     /// Request of every token drawn, in order.
     pub(super) draws: Vec<SeqId>,
+    pub(super) launched_ns: u64,
 }
 
 pub(super) struct Engine<D> {
@@ -168,9 +179,11 @@ pub(super) struct Engine<D> {
     pub(super) owners: HashMap<SeqId, (SeqId, usize)>,
     pub(super) in_flight: VecDeque<InFlight>,
     pub(super) metering: Metering,
-    pub(super) books: Sender<StepRecord>,
+    pub(super) books: BooksWriter,
     /// Used since the last record.
     pub(super) used: Vec<(Owner, Tokens)>,
+    /// Ended since the last record.
+    pub(super) ended: Vec<RequestId>,
     pub(super) recorded_ns: u64,
     pub(super) next_seq: u64,
     pub(super) counters: EngineSnapshot,
@@ -184,7 +197,7 @@ impl<D: Device> Engine<D> {
         clock: Clock,
         device: D,
         shared: Arc<Shared>,
-        books: Sender<StepRecord>,
+        books: BooksWriter,
     ) -> Self {
         let metering = Metering::new(options.sliding_window);
         let scheduler = Scheduler::new(options.limits, options.kv_blocks);
@@ -201,6 +214,7 @@ impl<D: Device> Engine<D> {
             metering,
             books,
             used: Vec::new(),
+            ended: Vec::new(),
             recorded_ns: 0,
             next_seq: 0,
             counters: EngineSnapshot::default(),
@@ -216,6 +230,7 @@ impl<D: Device> Engine<D> {
         if options.calibration.is_zero() {
             return Ok(());
         }
+        self.books.begin(self.clock.now_ns());
         let samples = measure(
             &mut self.device,
             &options.limits,
@@ -228,7 +243,7 @@ impl<D: Device> Engine<D> {
         let mut step = DeviceStep { end_ns: self.clock.now_ns(), ..DeviceStep::default() };
         step.overhead_ns[Overhead::WarmUp as usize] =
             samples.iter().map(|sample| sample.device_ns).sum();
-        self.record(step);
+        self.record(step, Vec::new());
         Ok(())
     }
 
@@ -255,6 +270,7 @@ impl<D: Device> Engine<D> {
 
     fn shut_down(&mut self) {
         self.abort_all(&RequestError::ShuttingDown, FinishReason::Abort);
+        self.flush_books();
         self.shared.alive.store(false, Ordering::Release);
         self.publish();
     }
@@ -281,6 +297,7 @@ impl<D: Device> Engine<D> {
     /// Takes what has arrived; waits for the next event when there is nothing to do.
     fn take_events(&mut self, events: &Receiver<Event>, progressed: bool) {
         if !progressed || self.live.is_empty() {
+            self.flush_books();
             let wait = if self.live.is_empty() { IDLE_SLEEP } else { STALLED_SLEEP };
             match events.recv_timeout(wait) {
                 Ok(event) => self.take_event(event),
@@ -313,7 +330,8 @@ impl<D: Device> Engine<D> {
         for (index, seq) in seqs.iter().enumerate() {
             self.owners.insert(*seq, (owner, index));
         }
-        let live = Live::new(submission, &seqs, &self.tokenizer, &self.options.model);
+        let bound = self.metering.bound(&self.options.limits);
+        let live = Live::new(submission, &seqs, &self.tokenizer, &self.options.model, bound);
         self.scheduler.add(SeqSpec {
             choices: seqs,
             prompt: live.request.prompt.clone(),
@@ -329,6 +347,7 @@ impl<D: Device> Engine<D> {
         tracing::error!(error = what, "the engine stops: a step failed");
         self.shared.alive.store(false, Ordering::Release);
         self.abort_all(&RequestError::StepFailed(what.to_owned()), FinishReason::Error);
+        self.flush_books();
         self.publish();
     }
 
@@ -340,6 +359,7 @@ impl<D: Device> Engine<D> {
             kv_blocks_used: self.scheduler.pool().used(),
             live_seqs: self.scheduler.live_len(),
             recomputed_tokens: self.scheduler.recomputed_tokens(),
+            device_bound: Some(self.metering.bound(&self.options.limits)),
             ..self.counters.clone()
         };
         let mut slot =

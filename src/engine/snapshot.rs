@@ -1,5 +1,6 @@
 //! What the engine tells everyone else, replaced as a whole after every step.
 
+use super::device_bound::DeviceBound;
 use crate::types::FinishReason;
 
 /// Gauges now and counters since start. Reading one never waits for the engine.
@@ -29,6 +30,10 @@ pub struct EngineSnapshot {
     pub finished_error: u64,
     /// Time the device spent in steps.
     pub device_busy_ns: u64,
+    /// Device time of requests billed by it that was not held, and so is not charged.
+    pub device_written_off_ns: u64,
+    /// What a request may be charged at most; `None` before the first step.
+    pub device_bound: Option<DeviceBound>,
 }
 
 impl EngineSnapshot {

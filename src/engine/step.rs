@@ -3,17 +3,18 @@
 use std::{cell::RefCell, collections::HashMap, sync::atomic::Ordering};
 
 use super::{
+    books::StepRecord,
     device::{Device, DeviceError, DeviceOutcome, DeviceStep, SampleSpec, ScoreSpec, SlotBegin},
     inputs,
     live::Ended,
-    metering::{StepRecord, blocks_of},
+    metering::blocks_of,
     run::{Engine, InFlight},
 };
 use crate::{
     meter::{self, StepWork},
     sampling::TokenLogprobs,
     scheduler::StepPlan,
-    types::{FinishReason, SeqId, SlotId, TokenId},
+    types::{FinishReason, RequestId, SeqId, SlotId, TokenId},
 };
 
 impl<D: Device> Engine<D> {
@@ -78,10 +79,12 @@ impl<D: Device> Engine<D> {
             }
             row += u32::from(planned.score || !planned.samples.is_empty());
         }
+        let launched_ns = self.clock.now_ns();
+        self.books.begin(launched_ns);
         self.device.launch(&step)?;
         self.counters.steps += 1;
         let work = self.metering.work(&plan);
-        self.in_flight.push_back(InFlight { plan, work, scores, draws });
+        self.in_flight.push_back(InFlight { plan, work, scores, draws, launched_ns });
         Ok(())
     }
 
@@ -134,7 +137,10 @@ impl<D: Device> Engine<D> {
 
     pub(super) fn commit(&mut self, step: InFlight, outcome: DeviceOutcome) {
         self.counters.device_busy_ns += outcome.device_ns;
-        let step_time = self.charge_device(step.work, outcome.device_ns);
+        let (step_time, requests) = match self.options.metered {
+            true => self.charge_device(step.work, outcome.device_ns),
+            false => Default::default(),
+        };
         for (owner, score) in step.scores.into_iter().zip(outcome.scores) {
             if let Some(live) = self.live.get_mut(&owner) {
                 live.add_score(score);
@@ -153,26 +159,40 @@ impl<D: Device> Engine<D> {
                 }
             }
         }
-        self.record(step_time);
+        self.record(step_time, requests);
     }
 
-    /// Charges every request its part of a step, and says how the step is to be booked.
-    pub(super) fn charge_device(&mut self, work: StepWork, device_ns: u64) -> meter::DeviceStep {
+    /// Charges every request its part of a step, and says how the step is to be booked and, in the
+    /// order of its owners, on which requests.
+    pub(super) fn charge_device(
+        &mut self,
+        work: StepWork,
+        device_ns: u64,
+    ) -> (meter::DeviceStep, Vec<RequestId>) {
+        // Of the steps before: what was held when this one was launched.
+        let bound = self.metering.bound(&self.options.limits);
         let owners = &self.owners;
         let (shares, overhead_ns) =
             self.metering.commit(work, device_ns, |seq| owners.contains_key(&seq));
         let mut owned_ns = Vec::with_capacity(shares.len());
+        let mut requests = Vec::with_capacity(shares.len());
         for share in shares {
             let owner = owners.get(&share.seq).map(|(owner, _)| *owner);
             let Some(live) = owner.and_then(|owner| self.live.get_mut(&owner)) else { continue };
-            live.lease.use_device(share.device_ns, share.bound_ns);
+            self.counters.device_written_off_ns += live.use_device(&share, &bound);
             owned_ns.push((live.owner.clone(), share.device_ns));
+            requests.push(live.request.id.clone());
         }
-        meter::DeviceStep { end_ns: self.clock.now_ns(), owned_ns, overhead_ns }
+        (meter::DeviceStep { end_ns: self.clock.now_ns(), owned_ns, overhead_ns }, requests)
     }
 
     /// Books a step and what was used since the one before.
-    pub(super) fn record(&mut self, step: meter::DeviceStep) {
+    pub(super) fn record(&mut self, step: meter::DeviceStep, requests: Vec<RequestId>) {
+        if !self.options.metered {
+            self.used.clear();
+            self.ended.clear();
+            return;
+        }
         for live in self.live.values_mut() {
             self.used.extend(live.take_unbooked());
         }
@@ -182,9 +202,18 @@ impl<D: Device> Engine<D> {
             .flat_map(|live| live.choices.iter().map(|choice| (choice.seq, live.owner.clone())));
         let blocks = blocks_of(&self.scheduler, seqs);
         let blocks_from_ns = std::mem::replace(&mut self.recorded_ns, step.end_ns);
-        let tokens = std::mem::take(&mut self.used);
-        // Books that are gone are of a server that ends.
-        let _ = self.books.send(StepRecord { step, tokens, blocks, blocks_from_ns });
+        let (tokens, ended) = (std::mem::take(&mut self.used), std::mem::take(&mut self.ended));
+        let record = StepRecord { step, requests, tokens, blocks, blocks_from_ns, ended };
+        self.books.add(record, self.in_flight.front().map(|next| next.launched_ns));
+    }
+
+    /// Books what ended between steps, when none may follow for long.
+    pub(super) fn flush_books(&mut self) {
+        if !self.ended.is_empty() || !self.used.is_empty() {
+            let end_ns = self.clock.now_ns();
+            self.record(meter::DeviceStep { end_ns, ..Default::default() }, Vec::new());
+        }
+        self.books.flush(self.in_flight.front().map(|next| next.launched_ns));
     }
 
     /// Rows up to `end` are computed; ends a request that wants no output.

@@ -22,7 +22,7 @@ mod snapshot;
 
 pub use energy::EnergyTotal;
 pub use fault::GpuFault;
-pub use monitor::{DEFAULT_INTERVAL, GpuMonitor};
+pub use monitor::{DEFAULT_INTERVAL, GpuFeed, GpuMonitor};
 pub use nvml::NvmlSource;
 pub use sample::{GpuReading, GpuSample, GpuSource, ProcessUse, throttle_names};
 pub use snapshot::{DeviceStatus, GpuSnapshot, GpuState};

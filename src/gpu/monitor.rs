@@ -27,9 +27,26 @@ const STOP_WAIT: Duration = Duration::from_secs(2);
 /// Devices that come and go under new names are not remembered beyond this.
 const DEVICES_MAX: usize = 64;
 
+/// What a monitor saw last; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct GpuFeed(Arc<RwLock<Arc<GpuSnapshot>>>);
+
+impl GpuFeed {
+    /// The newest look at the GPUs. Never waits for a driver.
+    pub fn snapshot(&self) -> Arc<GpuSnapshot> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn publish(&self, snapshot: GpuSnapshot) -> Arc<GpuSnapshot> {
+        let snapshot = Arc::new(snapshot);
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = snapshot.clone();
+        snapshot
+    }
+}
+
 /// A running sampler. Dropping it stops the thread.
 pub struct GpuMonitor {
-    newest: Arc<RwLock<Arc<GpuSnapshot>>>,
+    feed: GpuFeed,
     stop: Option<Sender<()>>,
     done: Receiver<()>,
     thread: Option<JoinHandle<()>>,
@@ -38,27 +55,33 @@ pub struct GpuMonitor {
 impl GpuMonitor {
     /// Opens a source and samples it every `interval`, on a thread of its own, as a driver may take
     /// seconds to answer. Where there is no GPU it says so once and the thread ends. `now_ns` reads
-    /// the server's monotonic clock. Fails if the system has no thread left.
+    /// the server's monotonic clock; `heard` hears of every look. Fails if the system has no thread
+    /// left.
     pub fn start<S: GpuSource + 'static>(
         open: impl FnMut() -> Result<S, GpuFault> + Send + 'static,
         interval: Duration,
         now_ns: impl Fn() -> u64 + Send + 'static,
+        heard: impl FnMut(&GpuSnapshot) + Send + 'static,
     ) -> io::Result<Self> {
-        let newest = Arc::new(RwLock::new(Arc::new(GpuSnapshot::default())));
+        let feed = GpuFeed::default();
         let (stop, stopped) = channel();
         let (finished, done) = channel();
-        let publisher = newest.clone();
+        let publisher = feed.clone();
         let thread = Builder::new().name("gpu".to_owned()).spawn(move || {
             // Dropped when the thread ends, in whatever way.
             let _finished = finished;
-            run(open, interval, now_ns, &publisher, &stopped);
+            run(open, interval, now_ns, &publisher, heard, &stopped);
         })?;
-        Ok(Self { newest, stop: Some(stop), done, thread: Some(thread) })
+        Ok(Self { feed, stop: Some(stop), done, thread: Some(thread) })
+    }
+
+    pub fn feed(&self) -> GpuFeed {
+        self.feed.clone()
     }
 
     /// The newest look at the GPUs. Never waits for a driver.
     pub fn snapshot(&self) -> Arc<GpuSnapshot> {
-        self.newest.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.feed.snapshot()
     }
 }
 
@@ -80,13 +103,11 @@ fn run<S: GpuSource>(
     open: impl FnMut() -> Result<S, GpuFault>,
     interval: Duration,
     now_ns: impl Fn() -> u64,
-    newest: &RwLock<Arc<GpuSnapshot>>,
+    feed: &GpuFeed,
+    mut heard: impl FnMut(&GpuSnapshot),
     stopped: &Receiver<()>,
 ) {
-    let publish = |snapshot: GpuSnapshot| {
-        *newest.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(snapshot);
-    };
-    let unopened = |state| publish(GpuSnapshot { state, ..GpuSnapshot::default() });
+    let unopened = |state| drop(feed.publish(GpuSnapshot { state, ..GpuSnapshot::default() }));
     let Some(mut source) = open_source(open, interval * OPEN_INTERVALS, unopened, stopped) else {
         return;
     };
@@ -94,7 +115,7 @@ fn run<S: GpuSource>(
     loop {
         let begin_ns = now_ns();
         let looked = source.sample(&now_ns);
-        publish(watch.note(looked));
+        heard(&feed.publish(watch.note(looked)));
         let took = Duration::from_nanos(now_ns().saturating_sub(begin_ns));
         if is_stopped(stopped, interval.saturating_sub(took)) {
             return;

@@ -15,12 +15,12 @@ use std::{
 };
 
 use super::{
-    Book,
     book::transact,
     db::{Db, DbError},
+    job::{Answer, Closing, Job, Outbox, perform, present, revoked},
     lease::{Lease, Shared},
-    rows::{Bill, Event, Grant, Opened, Refusal},
-    thread::{Closing, Job, LedgerError, LedgerOptions, Outbox},
+    rows::{Event, Opened},
+    thread::{LedgerError, LedgerOptions},
 };
 use crate::{
     clock::Clock,
@@ -29,6 +29,11 @@ use crate::{
 
 /// Jobs of one transaction.
 const GROUP_MAX: usize = 256;
+/// Requests rolled up in one transaction, between jobs: admission waits for no more than that.
+const ROLL_UP_MAX: i64 = 64;
+/// How long the thread is free for others between two of them, and looks for more once all are done.
+const ROLL_UP_PAUSE: Duration = Duration::from_millis(20);
+const ROLL_UP_EVERY: Duration = Duration::from_secs(600);
 /// How often a server says that it lives and looks for others that do not, at least.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Words a server has until its leases end, so that one that is lost does not end them.
@@ -57,6 +62,8 @@ pub struct Desk {
     outage: Option<Outage>,
     /// When it last said that it lives.
     beat_ns: u64,
+    /// How long requests are kept, and when the next are due.
+    roll_up: Option<(Duration, u64)>,
     on_event: OnEvent,
 }
 
@@ -92,6 +99,7 @@ impl Desk {
             unsettled: VecDeque::new(),
             outage: None,
             beat_ns: asked_ns,
+            roll_up: None,
             on_event,
         };
         let options = desk.options.clone();
@@ -130,6 +138,7 @@ impl Desk {
             let since = Duration::from_nanos(self.clock.now_ns().saturating_sub(self.beat_ns));
             let due = self.beat_every().saturating_sub(since);
             let wait = if self.unsettled.is_empty() { due } else { due.min(RETRY) };
+            let wait = wait.min(self.roll_up_due());
             goes_on = match self.jobs.recv_timeout(wait) {
                 Ok(job) => self.take(Some(job)),
                 Err(RecvTimeoutError::Timeout) => self.take(None),
@@ -158,6 +167,7 @@ impl Desk {
         }
         let goes_on = !group.iter().any(|job| matches!(job, Job::Stop));
         self.settle(group);
+        self.roll_up();
         let now_ns = self.clock.now_ns();
         if now_ns.saturating_sub(self.beat_ns) >= self.beat_every().as_nanos() as u64 {
             self.beat_ns = now_ns;
@@ -166,10 +176,43 @@ impl Desk {
         goes_on
     }
 
+    /// How long until requests are to be rolled up.
+    fn roll_up_due(&self) -> Duration {
+        let now_ns = self.clock.now_ns();
+        let due = |(_, at_ns): (_, u64)| Duration::from_nanos(at_ns.saturating_sub(now_ns));
+        self.roll_up.map_or(Duration::MAX, due)
+    }
+
+    /// Rolls some requests up, if it is time.
+    fn roll_up(&mut self) {
+        let Some((retention, _)) = self.roll_up else { return };
+        if !self.roll_up_due().is_zero() {
+            return;
+        }
+        let retention_ns = i64::try_from(retention.as_nanos()).unwrap_or(i64::MAX);
+        let rolled = transact(&mut *self.db, |book| book.roll_up(retention_ns, ROLL_UP_MAX));
+        let pause = match rolled {
+            Ok((rolled, _)) if rolled >= ROLL_UP_MAX as u64 => ROLL_UP_PAUSE,
+            Ok(_) => ROLL_UP_EVERY,
+            Err(error) => {
+                self.down(&error, 0);
+                ROLL_UP_EVERY
+            }
+        };
+        let at_ns = self.clock.now_ns().saturating_add(pause.as_nanos() as u64);
+        self.roll_up = Some((retention, at_ns));
+    }
+
     /// Everything at once; one by one where that fails for a reason of one of them.
     fn settle(&mut self, group: Vec<Job>) {
         let mut group = group;
-        group.retain(|job| !matches!(job, Job::Stop));
+        group.retain(|job| match job {
+            Job::Retain(retention) => {
+                self.roll_up = Some((*retention, self.clock.now_ns()));
+                false
+            }
+            job => !matches!(job, Job::Stop),
+        });
         if group.is_empty() {
             return;
         }
@@ -261,8 +304,10 @@ impl Desk {
                 }
                 Job::Extend { shared, .. } => shared.unanswered(),
                 Job::Close(closing) => self.keep(closing),
-                Job::Forget(_) => self.unsettled.push_back(job),
-                Job::Stop => {}
+                // Rows that the database does not take are not tried for ever.
+                Job::Energy(_) if error.is_of_one_job() => {}
+                Job::Forget(_) | Job::Energy(_) => self.unsettled.push_back(job),
+                Job::Stop | Job::Retain(_) => {}
             }
         }
     }
@@ -343,72 +388,4 @@ impl Desk {
             tracing::error!(%error, "the ledger was left with open holds; the next start gives them up");
         }
     }
-}
-
-/// Says that this server lives. False where the database did not know it any more.
-fn present(book: &mut Book<'_>, options: &LedgerOptions) -> Result<bool, DbError> {
-    let ttl_ns = options.replica_ttl.as_nanos() as i64;
-    let known = book.heartbeat(&options.replica, ttl_ns)?;
-    if !known {
-        book.join(&options.replica, &options.name, ttl_ns)?;
-    }
-    Ok(known)
-}
-
-/// What a job led to, to be told once it is durable.
-enum Answer {
-    None,
-    Opened(Box<Result<Opened, Refusal>>),
-    Grant(Grant),
-    Bill(Option<Bill>),
-}
-
-fn perform(book: &mut Book<'_>, job: &mut Job, replica: &str) -> Result<Answer, DbError> {
-    Ok(match job {
-        Job::Open { opening, .. } => Answer::Opened(Box::new(book.open(opening, replica)?)),
-        Job::Run { work, .. } => {
-            work(book)?;
-            Answer::None
-        }
-        Job::Extend { asked, .. } => Answer::Grant(book.extend(asked)?),
-        Job::Close(closing) => {
-            let Closing { request, counted, cause, since_ns, .. } = &**closing;
-            let bill = book.close(request, &counted.used, *cause, counted.steps)?;
-            // An earlier try may have been done although its answer was lost.
-            let bill = match bill {
-                None if since_ns.is_some() => book.settled(request)?,
-                bill => bill,
-            };
-            Answer::Bill(bill)
-        }
-        Job::Forget(request) => {
-            book.forget(request)?;
-            Answer::None
-        }
-        Job::Stop => Answer::None,
-    })
-}
-
-/// Leases of watched requests whose key has ended.
-fn revoked(
-    book: &mut Book<'_>,
-    watched: &HashMap<RequestId, (Option<KeyId>, Weak<Shared>)>,
-) -> Result<Vec<Arc<Shared>>, DbError> {
-    let mut ended: HashMap<&KeyId, bool> = HashMap::new();
-    let mut found = Vec::new();
-    for (key, shared) in watched.values() {
-        let Some(key) = key else { continue };
-        let gone = match ended.get(key) {
-            Some(gone) => *gone,
-            None => {
-                let gone = !book.key_is_valid(key)?;
-                ended.insert(key, gone);
-                gone
-            }
-        };
-        if gone && let Some(shared) = shared.upgrade() {
-            found.push(shared);
-        }
-    }
-    Ok(found)
 }

@@ -12,8 +12,8 @@ use std::{
 };
 
 use super::{
+    job::Outbox,
     rows::{Bill, Denial, EndCause, Extension, Opened},
-    thread::Outbox,
 };
 use crate::{
     clock::Clock,
@@ -147,7 +147,9 @@ struct Account {
     /// When it was first without money for its next token.
     broke_since_ns: Option<u64>,
     asked_ns: u64,
-    /// Bound on the device time of one more token, where that is billed.
+    /// Bounds on the device time of the input that is not computed yet, and of one more token, where
+    /// that is billed.
+    input_bound_ns: u64,
     token_bound_ns: u64,
 }
 
@@ -176,6 +178,7 @@ impl Lease {
             sequences: 1,
             broke_since_ns: None,
             asked_ns: 0,
+            input_bound_ns: 0,
             token_bound_ns: 0,
         };
         Self { account: Some(account), counted: Meterage::default() }
@@ -206,15 +209,22 @@ impl Lease {
         self.counted.used.output += tokens;
     }
 
-    /// This request's part of a step's device time, and the bound on it. What is above the bound, or
-    /// not held, is the operator's.
-    pub fn use_device(&mut self, device_ns: u64, bound_ns: u64) {
-        let used = &mut self.counted.used;
-        used.device_ns += device_ns;
-        let billable_ns = used.billable_device_ns.saturating_add(device_ns.min(bound_ns));
-        let held_ns = self.account.as_ref().map_or(u64::MAX, Account::held_device_ns);
-        used.billable_device_ns = billable_ns.min(held_ns.max(used.billable_device_ns));
+    /// This request's part of a step's device time, and the bound that was held for it. What is
+    /// charged never passes what is held, whatever was measured: the rest is the operator's loss,
+    /// and is returned where time is what is charged.
+    pub fn use_device(&mut self, device_ns: u64, bound_ns: u64) -> u64 {
+        let used = self.counted.used;
+        let bills = self.bills_device();
+        let account = self.account.as_ref().filter(|_| bills);
+        let left_ns = account.map_or(u64::MAX, |account| {
+            let most_ns = account.opened.terms.device_ns_within(account.limit());
+            most_ns.saturating_sub(used.billable_device_ns)
+        });
+        let billable_ns = device_ns.min(bound_ns).min(left_ns);
+        self.counted.used.device_ns += device_ns;
+        self.counted.used.billable_device_ns += billable_ns;
         self.counted.steps += 1;
+        if bills { device_ns - billable_ns } else { 0 }
     }
 
     /// Whether device time is what is charged.
@@ -222,10 +232,10 @@ impl Lease {
         self.opened().is_some_and(|opened| opened.terms.billing == Billing::Device)
     }
 
-    /// Sets what one more token may take of the device at most.
-    pub fn bound_token(&mut self, bound_ns: u64) {
+    /// Sets what the rest of the input and one more token may take of the device at most.
+    pub fn bound_device(&mut self, input_ns: u64, token_ns: u64) {
         if let Some(account) = &mut self.account {
-            account.token_bound_ns = bound_ns;
+            (account.input_bound_ns, account.token_bound_ns) = (input_ns, token_ns);
         }
     }
 
@@ -332,14 +342,6 @@ impl Account {
         self.opened.cap.map_or(granted, |cap| cap.min(granted))
     }
 
-    /// Device time in all that the hold pays for, where that is billed.
-    fn held_device_ns(&self) -> u64 {
-        match self.opened.terms.billing {
-            Billing::Tokens => u64::MAX,
-            Billing::Device => self.opened.terms.rates.device_ns_within(self.limit()),
-        }
-    }
-
     /// Input that is still to be computed is owed before any token: the hold is for it.
     fn after(&self, used: &Tally, tokens: u64) -> Tally {
         let counted = used.uncached_input.saturating_add(used.cached_input);
@@ -349,6 +351,7 @@ impl Account {
             output: used.output.saturating_add(tokens),
             billable_device_ns: used
                 .billable_device_ns
+                .saturating_add(self.input_bound_ns)
                 .saturating_add(tokens.saturating_mul(self.token_bound_ns)),
             ..*used
         }
@@ -403,7 +406,7 @@ impl Account {
         now_ns.saturating_sub(since_ns) >= self.limits.wait_max.as_nanos() as u64
     }
 
-    fn close(self, counted: Meterage, cause: EndCause, closed: Option<super::thread::Closed>) {
+    fn close(self, counted: Meterage, cause: EndCause, closed: Option<super::job::Closed>) {
         self.outbox.close(self.request, counted, cause, closed);
     }
 }

@@ -7,6 +7,7 @@
 pub mod book;
 pub mod db;
 mod desk;
+mod job;
 pub mod lease;
 mod reader;
 pub mod rows;
@@ -19,7 +20,8 @@ pub use desk::Desk;
 pub use lease::{Lease, LeaseEnd, Meterage};
 pub use reader::Reader;
 pub use rows::{
-    Bill, Chain, Denial, EndCause, Event, Extension, Grant, Opened, Opening, Payer, Policy, Refusal,
+    Bill, Chain, Denial, EndCause, EnergyRow, Event, Extension, Grant, Opened, Opening, Payer,
+    Policy, Refusal,
 };
 pub use thread::{Ledger, LedgerError, LedgerOptions};
 pub use window::{Span, Zone};

@@ -181,6 +181,15 @@ impl EndCause {
     }
 }
 
+/// What a device drew for an ended request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnergyRow {
+    pub request: RequestId,
+    pub total_uj: u64,
+    /// The part of it that was not measured.
+    pub estimated_uj: u64,
+}
+
 /// What a request cost in the end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bill {

@@ -7,7 +7,8 @@ pub const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 
 /// Amounts are nano-USD, times nanoseconds since 1970 (`_ns`) or seconds (`_s`), all BIGINT. A scope
 /// is `global`, `org:ID`, `tenant:ID` or `key:ID`.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
 CREATE TABLE org (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, created_ns BIGINT NOT NULL
 );
@@ -89,7 +90,29 @@ CREATE TABLE event (
     id BIGINT PRIMARY KEY, at_ns BIGINT NOT NULL, kind TEXT NOT NULL, scope TEXT NOT NULL,
     detail TEXT NOT NULL
 );
-"];
+",
+    "
+ALTER TABLE request ADD COLUMN energy_estimated_uj BIGINT;
+",
+    "
+CREATE TABLE usage_day (
+    day_ns BIGINT NOT NULL, org_id TEXT NOT NULL, tenant_id TEXT NOT NULL, key_id TEXT NOT NULL,
+    model TEXT NOT NULL, user_label TEXT NOT NULL, requests BIGINT NOT NULL,
+    uncached_input BIGINT NOT NULL, cached_input BIGINT NOT NULL, output BIGINT NOT NULL,
+    device_ns BIGINT NOT NULL, billable_device_ns BIGINT NOT NULL, posted BIGINT NOT NULL,
+    token_cost BIGINT NOT NULL, device_cost BIGINT NOT NULL, energy_uj BIGINT NOT NULL,
+    energy_estimated_uj BIGINT NOT NULL, steps BIGINT NOT NULL, unrecorded_max BIGINT NOT NULL,
+    PRIMARY KEY (day_ns, org_id, tenant_id, key_id, model, user_label)
+);
+CREATE TABLE transfer_day (
+    day_ns BIGINT NOT NULL, kind TEXT NOT NULL, debit TEXT NOT NULL, credit TEXT NOT NULL,
+    org_id TEXT NOT NULL, tenant_id TEXT NOT NULL, key_id TEXT NOT NULL, model TEXT NOT NULL,
+    user_label TEXT NOT NULL, amount BIGINT NOT NULL, entries BIGINT NOT NULL,
+    PRIMARY KEY (day_ns, kind, debit, credit, org_id, tenant_id, key_id, model, user_label)
+);
+CREATE TABLE rolling (request_id TEXT PRIMARY KEY);
+",
+];
 
 /// Counters of `meta`: the last id given out, and the latest time seen.
 pub const COUNTERS: [&str; 6] = ["transfer", "price", "audit", "event", "revision", "clock"];

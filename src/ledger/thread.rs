@@ -4,7 +4,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
-        mpsc::{Sender, channel},
+        mpsc::channel,
     },
     thread::JoinHandle,
     time::Duration,
@@ -17,15 +17,16 @@ use super::{
     Book,
     db::{Db, DbError},
     desk::Desk,
-    lease::{Lease, LeaseLimits, Meterage, Shared},
-    rows::{Bill, EndCause, Event, Extension, Opening, Refusal},
+    job::{Job, Outbox},
+    lease::{Lease, LeaseLimits},
+    rows::{EnergyRow, Event, Opening, Refusal},
 };
-use crate::{clock::Clock, types::RequestId};
+use crate::clock::Clock;
 
+/// Rows of energy in one job, so that admission never waits for many.
+const ENERGY_ROWS_MAX: usize = 64;
 /// Requests that may wait for admission.
 const OPENINGS_MAX: usize = 4096;
-
-pub(super) type Closed = Box<dyn FnOnce(Option<Bill>) + Send>;
 
 /// How a ledger is run.
 #[derive(Clone, Debug)]
@@ -67,74 +68,10 @@ pub struct Ledger {
     openings: Arc<AtomicUsize>,
 }
 
-/// What engines send through: never waits.
-#[derive(Clone)]
-pub(super) struct Outbox(Sender<Job>);
-
 /// A thread and its handle.
 pub struct LedgerThread {
     pub ledger: Ledger,
     pub thread: JoinHandle<()>,
-}
-
-pub(super) type Work = Box<dyn FnMut(&mut Book<'_>) -> Result<(), DbError> + Send>;
-pub(super) type Done = Box<dyn FnOnce(Result<(), String>) + Send>;
-
-pub(super) enum Job {
-    Open {
-        opening: Box<Opening>,
-        reply: oneshot::Sender<Result<Lease, LedgerError>>,
-    },
-    /// Anything in one transaction. It may run more than once until it is committed.
-    Run {
-        work: Work,
-        done: Done,
-    },
-    Extend {
-        asked: Extension,
-        shared: Arc<Shared>,
-    },
-    Close(Box<Closing>),
-    /// A request that may have been admitted, and whose client was told that it was not.
-    Forget(RequestId),
-    Stop,
-}
-
-/// A request to be closed.
-pub(super) struct Closing {
-    pub request: RequestId,
-    pub counted: Meterage,
-    pub cause: EndCause,
-    pub closed: Option<Closed>,
-    /// When it was first tried.
-    pub since_ns: Option<u64>,
-}
-
-impl Outbox {
-    /// A thread that is gone answers nothing: the lease runs out and its request ends.
-    fn send(&self, job: Job) {
-        let _ = self.0.send(job);
-    }
-
-    pub(super) fn extend(&self, asked: Extension, shared: Arc<Shared>) {
-        self.send(Job::Extend { asked, shared });
-    }
-
-    pub(super) fn close(
-        &self,
-        request: RequestId,
-        counted: Meterage,
-        cause: EndCause,
-        closed: Option<Closed>,
-    ) {
-        self.send(Job::Close(Box::new(Closing {
-            request,
-            counted,
-            cause,
-            closed,
-            since_ns: None,
-        })));
-    }
 }
 
 impl Ledger {
@@ -204,6 +141,18 @@ impl Ledger {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(LedgerError::Unavailable(error)),
             Err(_) => Err(LedgerError::ended()),
+        }
+    }
+
+    /// Rolls ended requests up into daily sums once they are as old as this; see [`Book::roll_up`].
+    pub fn retain(&self, retention: Duration) {
+        self.outbox.send(Job::Retain(retention));
+    }
+
+    /// Notes the energy of ended requests, as soon as the database takes it. Never waits.
+    pub fn note_energy(&self, rows: Vec<EnergyRow>) {
+        for some in rows.chunks(ENERGY_ROWS_MAX) {
+            self.outbox.send(Job::Energy(some.to_vec()));
         }
     }
 

@@ -188,16 +188,27 @@ impl Account {
         }
     }
 
-    /// A request's energy, and whether all of it is settled. What is not is estimated at the power
-    /// the busy device drew lately. Claims on a window never sum to more than it drew.
+    /// A request's energy, and whether it is final. What is not settled is estimated at the power
+    /// the busy device drew lately; what readings never covered, and what was forgotten before they
+    /// did, stays an estimate. Claims on a window never sum to more than it drew.
     pub fn energy_of(&self, claim: &EnergyClaim) -> (Energy, bool) {
-        let (mut energy, mut settled) = (Energy::default(), true);
+        let (mut energy, mut is_final) = (Energy::default(), true);
         for (index, ns) in claim.windows() {
             let known = self.window(index).and_then(|window| window.claim(ns));
-            settled &= known.is_some();
+            is_final &= known.is_some() || index < self.unsettled || index < self.first;
             energy += known.unwrap_or_else(|| self.powers.estimate_busy(ns));
         }
-        (energy, settled)
+        (energy, is_final)
+    }
+
+    /// What `device_ns` of work probably drew. `None` while no power is known.
+    pub fn estimate(&self, device_ns: u64) -> Option<Energy> {
+        self.powers.is_known().then(|| self.powers.estimate_busy(device_ns))
+    }
+
+    /// Whether anybody reads this device's energy.
+    pub fn is_read(&self) -> bool {
+        self.readings.until_ns().is_some()
     }
 
     /// Device time told after its window had been forgotten.

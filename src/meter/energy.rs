@@ -90,6 +90,10 @@ impl Powers {
         }
     }
 
+    pub fn is_known(&self) -> bool {
+        self.busy_mw.or(self.idle_mw).is_some()
+    }
+
     /// What a window with these times, idle last, probably drew.
     pub fn estimate_uj(&self, times_ns: &[u64]) -> Option<u64> {
         let (idle_ns, busy_ns) = times_ns.split_last()?;
@@ -151,6 +155,11 @@ impl EnergyClaim {
             None if device_ns > 0 => self.0.push((window, device_ns)),
             None => {}
         }
+    }
+
+    /// All that was added.
+    pub fn device_ns(&self) -> u64 {
+        self.0.iter().map(|(_, ns)| ns).sum()
     }
 
     pub(super) fn windows(&self) -> impl Iterator<Item = (u64, u64)> + '_ {

@@ -40,6 +40,7 @@
 mod account;
 mod apportion;
 mod calibration;
+mod claims;
 mod coefficients;
 mod energy;
 mod least_squares;
@@ -53,11 +54,12 @@ mod window;
 
 pub use account::{Account, AccountLimits, DeviceStep, StepPiece};
 pub use calibration::{CALIBRATION_SAMPLES_MIN, CalibrateError, Sample};
+pub use claims::{Claims, Settled};
 pub use coefficients::{BadCoefficient, Coefficients, DeviceRates, ModelShape};
 pub use energy::{EnergyClaim, EnergyReading};
 pub use load::{Load, SeqWork, StepWork};
 pub use report::{By, Report};
 pub use residuals::BOUND_SHARE;
 pub use split::{SeqShare, Split, split};
-pub use step_model::StepModel;
+pub use step_model::{StepBound, StepModel};
 pub use usage::{Energy, Overhead, Owner, Tokens, Usage};

@@ -41,6 +41,22 @@ pub struct StepModel {
     calibrated: bool,
 }
 
+/// [`StepModel::upper_bound_ns`] as it is now, as plain numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepBound {
+    coefficients: Coefficients,
+    /// Of steps that only decode, and of steps with a prefill chunk.
+    ratios: [f64; 2],
+}
+
+impl StepBound {
+    pub fn step_ns(&self, step: &StepWork) -> u64 {
+        let load = step.load();
+        let expected = self.coefficients.step_ns(&load).max(1.0);
+        (expected * self.ratios[kind(&load)]).ceil() as u64
+    }
+}
+
 impl StepModel {
     /// A model that knows `fallback` alone: good for shares, poor for times.
     pub fn new(fallback: Coefficients) -> Self {
@@ -115,8 +131,13 @@ impl StepModel {
     /// [`StepModel::bound_is_stated`]; before that a wide guess. What a step takes beyond it is the
     /// operator's loss.
     pub fn upper_bound_ns(&self, step: &StepWork) -> u64 {
-        let load = step.load();
-        (self.expected(&load) * self.residuals[kind(&load)].bound()).ceil() as u64
+        self.bound().step_ns(step)
+    }
+
+    /// The bound for all steps, as long as no more are seen.
+    pub fn bound(&self) -> StepBound {
+        let ratios = self.residuals.each_ref().map(Residuals::bound);
+        StepBound { coefficients: self.coefficients, ratios }
     }
 
     /// Whether enough steps of this one's kind are known for the share to be a promise.

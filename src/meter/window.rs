@@ -128,7 +128,9 @@ impl Window {
         all.zip(&parts).for_each(|(usage, uj)| usage.energy += Energy::new(*uj, estimated));
         let (idle_uj, idle_ns) = (parts[parts.len() - 1], times_ns[times_ns.len() - 1]);
         let (busy_uj, busy_ns) = (self.drawn_uj - idle_uj, wall_ns - idle_ns);
-        self.settled = Some(Settled { busy_uj, busy_ns, estimated });
+        // Where steps overlap more was told than there is, and claims are on what was told.
+        let told_ns = self.told_ns().max(busy_ns);
+        self.settled = Some(Settled { busy_uj, busy_ns: told_ns, estimated });
         if !estimated {
             powers.learn(busy_uj, busy_ns, self.drawn_uj, wall_ns, after_idle);
         }
@@ -136,8 +138,13 @@ impl Window {
 
     /// Whether nothing of ours or of others ran.
     pub fn is_idle(&self) -> bool {
+        self.told_ns() == 0 && self.foreign.device_ns == 0
+    }
+
+    /// Device time of ours, as steps told it.
+    fn told_ns(&self) -> u64 {
         let ours = self.owners.values().chain([&self.other]).chain(&self.overhead);
-        ours.chain([&self.foreign]).all(|usage| usage.device_ns == 0)
+        ours.map(|usage| usage.device_ns).sum()
     }
 
     /// The part of the settled energy that falls to `device_ns` of this window's busy time, rounded

@@ -75,13 +75,6 @@ impl Rates {
     pub fn device_cost(&self, device_ns: u64) -> NanoUsd {
         NanoUsd(div_ceil(i128::from(device_ns) * self.device_second.0, NS_PER_S))
     }
-
-    /// The most device time whose cost, with the request's fee, stays within `amount`.
-    pub fn device_ns_within(&self, amount: NanoUsd) -> u64 {
-        let left = (amount.0 - self.request.0).max(0).saturating_mul(NS_PER_S);
-        let most_ns = left.checked_div(self.device_second.0).unwrap_or(i128::MAX);
-        u64::try_from(most_ns).unwrap_or(u64::MAX)
-    }
 }
 
 impl Terms {
@@ -90,6 +83,16 @@ impl Terms {
         match self.billing {
             Billing::Tokens => NanoUsd(div_ceil(self.rates.output.0, TOKENS_PER_PRICE)),
             Billing::Device => NanoUsd(0),
+        }
+    }
+
+    /// The most device time that is charged no more than `limit`, the charge of the request itself
+    /// included.
+    pub fn device_ns_within(&self, limit: NanoUsd) -> u64 {
+        let (left, second) = (limit.0 - self.rates.request.0, self.rates.device_second.0);
+        match second {
+            0 => u64::MAX,
+            _ => u64::try_from(left.max(0) * NS_PER_S / second).unwrap_or(u64::MAX),
         }
     }
 
@@ -144,13 +147,25 @@ mod tests {
         for (ns, expected) in [(0, 0), (1, 1), (1_000_000, 1), (1_000_001, 2)] {
             assert_eq!(rates.device_cost(ns), NanoUsd(expected), "{ns} ns");
         }
-        for (amount, expected) in [(0, 0), (9, 0), (10, 0), (11, 1_000_000), (15, 5_000_000)] {
-            assert_eq!(rates.device_ns_within(NanoUsd(amount)), expected, "{amount}");
-        }
-        assert_eq!(fine.device_ns_within(NanoUsd(0)), u64::MAX, "time that costs nothing");
     }
 
     proptest! {
+        #[test]
+        fn device_time_within_a_limit_is_the_most_there_is(
+            limit in 0i128..10_000_000_000, second in 1i128..10_000_000_000, request in 0i128..100,
+        ) {
+            let rates = Rates {
+                device_second: NanoUsd(second), request: NanoUsd(request), ..Rates::default()
+            };
+            let terms = Terms { rates, billing: Billing::Device, ..Terms::default() };
+            let most_ns = terms.device_ns_within(NanoUsd(limit));
+            let charge = |ns| {
+                terms.charge(&Tally { output: 1, billable_device_ns: ns, ..Tally::default() }).0
+            };
+            prop_assert!(charge(most_ns) <= limit.max(request), "{most_ns}");
+            prop_assert!(charge(most_ns + 1) > limit, "{most_ns} is not the most");
+        }
+
         #[test]
         fn token_by_token_adds_up_to_the_whole(
             prices in prop::array::uniform3(0i128..10_000_000_000), steps in prop::collection::vec(0usize..3, 0..200),

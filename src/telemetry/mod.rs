@@ -1,6 +1,8 @@
 //! What Prometheus reads. Names are vLLM's where vLLM has the same measure, so that its dashboards
 //! work; the rest begins with `candela:`.
 
+mod gpus;
+
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, Opts, Registry, TextEncoder,
     core::Collector,
@@ -8,6 +10,7 @@ use prometheus::{
 
 use crate::{
     engine::EngineSnapshot,
+    gpu::GpuSnapshot,
     meter::{Report, Usage},
 };
 
@@ -73,12 +76,14 @@ impl Metrics {
     }
 
     /// All metrics in Prometheus' text format; `tasks` is the number of live async tasks, `device` who
-    /// used the device lately, by tenant: its owners are bounded, so these series are.
+    /// used the device lately, by tenant: its owners are bounded, so these series are. `gpus` are the
+    /// machine's, whichever computes.
     pub fn render(
         &self,
         engine: &EngineSnapshot,
         tasks: usize,
         device: &Report,
+        gpus: &GpuSnapshot,
     ) -> prometheus::Result<String> {
         let snapshot = Registry::new();
         let options = |name: &str, help: &str| {
@@ -124,11 +129,24 @@ impl Metrics {
             let name = options("vllm:request_success_total", "Ended choices by finish reason.");
             counter(name.const_label("finished_reason", reason), value)?;
         }
-        let busy = options("candela:device_busy_seconds_total", "Time the device spent in steps.");
-        let seconds = prometheus::Counter::with_opts(busy)?;
-        seconds.inc_by(engine.device_busy_ns as f64 / 1e9);
-        add(Box::new(seconds))?;
+        for (name, help, ns) in [
+            (
+                "candela:device_busy_seconds_total",
+                "Time the device spent in steps.",
+                engine.device_busy_ns,
+            ),
+            (
+                "candela:device_written_off_seconds_total",
+                "Device time billed by time that was not held, and so is the operator's loss.",
+                engine.device_written_off_ns,
+            ),
+        ] {
+            let seconds = prometheus::Counter::with_opts(options(name, help))?;
+            seconds.inc_by(ns as f64 / 1e9);
+            add(Box::new(seconds))?;
+        }
         self.add_device(&snapshot, device)?;
+        gpus::add(&snapshot, gpus)?;
         let mut families = self.registry.gather();
         families.extend(snapshot.gather());
         let mut text = Vec::new();
@@ -136,22 +154,40 @@ impl Metrics {
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// Shares of the device's time; all of them make 1.
+    /// Shares of the device's time, which make 1, and what else was used in that time.
     fn add_device(&self, to: &Registry, device: &Report) -> prometheus::Result<()> {
         let wall_ns = device.total().device_ns.max(1) as f64;
-        let options = Opts::new("candela:device_share", "Share of the device's time, lately.");
-        let shares = GaugeVec::new(
-            options.const_label("model_name", self.model.as_str()),
-            &["kind", "tenant"],
-        )?;
-        let add = |kind: &str, tenant: &str, usage: &Usage| {
-            shares.with_label_values(&[kind, tenant]).add(usage.device_ns as f64 / wall_ns);
-        };
-        device.rows.iter().for_each(|(tenant, usage)| add("tenant", tenant, usage));
-        add("other", "", &device.other);
-        device.overhead.iter().for_each(|usage| add("overhead", "", usage));
-        add("foreign", "", &device.foreign);
-        add("idle", "", &device.idle);
-        to.register(Box::new(shares))
+        type Measure<'a> = &'a dyn Fn(&Usage) -> f64;
+        let measures: [(&str, &str, Measure<'_>); 5] = [
+            ("candela:device_share", "Share of the device's time, lately.", &|usage| {
+                usage.device_ns as f64 / wall_ns
+            }),
+            ("candela:device_joules", "Energy of the last minute.", &|usage| {
+                usage.energy.total_uj() as f64 / 1e6
+            }),
+            ("candela:device_tokens", "Tokens read and generated in the last minute.", &|usage| {
+                (usage.tokens.input + usage.tokens.cached_input + usage.tokens.output) as f64
+            }),
+            ("candela:device_kv_block_seconds", "KV blocks held, times how long.", &|usage| {
+                usage.kv_block_ns as f64 / 1e9
+            }),
+            ("candela:device_cost_usd", "What was charged in the last minute.", &|usage| {
+                usage.tokens.cost.0 as f64 / 1e9
+            }),
+        ];
+        for (name, help, measure) in measures {
+            let options = Opts::new(name, help).const_label("model_name", self.model.as_str());
+            let gauges = GaugeVec::new(options, &["kind", "tenant"])?;
+            let add = |kind: &str, tenant: &str, usage: &Usage| {
+                gauges.with_label_values(&[kind, tenant]).add(measure(usage));
+            };
+            device.rows.iter().for_each(|(tenant, usage)| add("tenant", tenant, usage));
+            add("other", "", &device.other);
+            device.overhead.iter().for_each(|usage| add("overhead", "", usage));
+            add("foreign", "", &device.foreign);
+            add("idle", "", &device.idle);
+            to.register(Box::new(gauges))?;
+        }
+        Ok(())
     }
 }

@@ -26,8 +26,15 @@ pub struct Server {
 
 impl Server {
     pub fn start(extra: &[&str]) -> Self {
+        Self::start_with(extra, &[])
+    }
+
+    /// With variables of the environment as well.
+    pub fn start_with(extra: &[&str], variables: &[(&str, &Path)]) -> Self {
         let data_dir = Arc::new(tempfile::tempdir().expect("a directory"));
-        let started = Self::start_in(data_dir, &super::default_model(), extra, &[]);
+        let variables: Vec<_> =
+            variables.iter().map(|(name, value)| (*name, value.as_os_str())).collect();
+        let started = Self::start_in(data_dir, &super::default_model(), extra, &variables);
         started.unwrap_or_else(|log| panic!("{log}"))
     }
 

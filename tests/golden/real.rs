@@ -130,6 +130,7 @@ fn start(path: &Path) -> Assembled {
         stream_buffer_events_max: 256,
         client_stall_max: Duration::from_secs(60),
         calibration: Duration::ZERO,
+        metered: true,
     };
     let source = ModelSource::Gguf { path: path.to_owned() };
     assemble(&ModelId::new("golden"), &source, &spec, Clock::system()).expect("the model loads")

@@ -82,6 +82,7 @@ impl Setting {
             eos_token_ids: vec![END],
             sliding_window: None,
             calibration: Duration::ZERO,
+            metered: true,
         }
     }
 
@@ -188,11 +189,10 @@ fn close_books(engine: EngineWithoutThread<FakeModel>, clock: &Clock) {
     let books = engine.end();
     let end = handle.snapshot();
     assert_eq!((end.live_seqs, end.kv_blocks_used), (0, 0), "something is left: {end:?}");
-    let account = books.lock();
-    assert_eq!(account.late_ns(), 0);
+    assert_eq!(books.late_ns(), 0);
     // To the end of the last window; a story is shorter than what is remembered.
     let until_ns = clock.now_ns() + 1_000_000_000;
-    let report = account.utilization(until_ns, u64::MAX / 2, By::Tenant);
+    let report = books.utilization(until_ns, u64::MAX / 2, By::Tenant);
     let total = report.total();
     assert_eq!(total.device_ns, report.to_ns - report.from_ns, "wall time: {report:?}");
     assert_eq!(total.device_ns - report.idle.device_ns, end.device_busy_ns, "{report:?}");

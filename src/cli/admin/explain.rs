@@ -68,6 +68,10 @@ fn story(request: &Value) -> String {
         ),
     );
     line("device", format!("{:.3} ms in {} steps", count("gpu_ns") as f64 / 1e6, field("steps")));
+    if let Some(uj) = request["energy_uj"].as_i64() {
+        let estimated = count("energy_estimated_uj") as f64 / 1e6;
+        line("energy", format!("{:.3} J, of which {estimated:.3} J estimated", uj as f64 / 1e6));
+    }
     line(
         "held",
         format!("{} USD in all, in {} lease(s)", field("held_in_all_usd"), field("leases")),

@@ -25,7 +25,7 @@ const DIMENSIONS: [(&str, &str); 4] =
 const BUCKETS: i64 = 180;
 
 /// Columns of the raw rows as CSV.
-const RAW: [&str; 22] = [
+const RAW: [&str; 23] = [
     "id",
     "org",
     "tenant",
@@ -42,6 +42,7 @@ const RAW: [&str; 22] = [
     "output_tokens",
     "gpu_ns",
     "energy_uj",
+    "energy_estimated_uj",
     "cost_usd",
     "token_cost_usd",
     "gpu_cost_usd",

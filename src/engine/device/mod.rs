@@ -69,4 +69,8 @@ pub struct DeviceError(pub String);
 pub trait Device {
     fn launch(&mut self, step: &DeviceStep) -> Result<(), DeviceError>;
     fn collect(&mut self) -> Result<DeviceOutcome, DeviceError>;
+    /// What NVML and CUDA call this device, where it is a GPU; ordinals differ between the two.
+    fn gpu_uuid(&self) -> Option<String> {
+        None
+    }
 }

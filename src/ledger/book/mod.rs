@@ -10,6 +10,7 @@ mod open;
 mod quote;
 mod rates;
 mod requests;
+mod roll_up;
 mod running;
 mod setup;
 mod verify;
@@ -20,6 +21,7 @@ pub use budgets::Budget;
 pub use listing::{AuditRow, BudgetState, EventRow, KeyRow, OrgRow, PriceRow, TenantRow};
 pub use quote::Quote;
 pub use rates::RateLimit;
+pub use roll_up::{DAY_NS, RETENTION_DAYS_MIN};
 pub use setup::{KeySpec, KnownKey, PriceSpec, Role, key_hash};
 pub use verify::Problem;
 

@@ -17,6 +17,22 @@ pub const WRITE_OFF: &str = "operator:gpu_writeoff";
 /// The other side of what is written off.
 pub const DEVICE: &str = "operator:device";
 
+/// Entries and those of rolled-up days, summed by kind and slot, where a condition holds; SQL cannot
+/// have its columns as parameters.
+macro_rules! by_slot {
+    ($condition:literal) => {
+        concat!(
+            "SELECT kind, at_ns / $1 AS slot, CAST(SUM(amount) AS BIGINT) FROM (
+                SELECT kind, window_ns AS at_ns, amount, org_id, tenant_id, key_id FROM transfer
+                UNION ALL
+                SELECT kind, day_ns, amount, org_id, tenant_id, key_id FROM transfer_day
+            ) AS moved WHERE at_ns >= $2 AND ",
+            $condition,
+            " GROUP BY kind, slot"
+        )
+    };
+}
+
 /// Why money moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -120,22 +136,10 @@ impl Book<'_> {
     ) -> Result<BTreeMap<i64, i64>, DbError> {
         let (kind, id) = scope.split_once(':').unwrap_or((GLOBAL, ""));
         let sql = match kind {
-            "org" => {
-                "SELECT kind, window_ns / $1 AS slot, CAST(SUM(amount) AS BIGINT) FROM transfer
-                WHERE window_ns >= $2 AND org_id = $3 GROUP BY kind, slot"
-            }
-            "tenant" => {
-                "SELECT kind, window_ns / $1 AS slot, CAST(SUM(amount) AS BIGINT) FROM transfer
-                WHERE window_ns >= $2 AND tenant_id = $3 GROUP BY kind, slot"
-            }
-            "key" => {
-                "SELECT kind, window_ns / $1 AS slot, CAST(SUM(amount) AS BIGINT) FROM transfer
-                WHERE window_ns >= $2 AND key_id = $3 GROUP BY kind, slot"
-            }
-            _ => {
-                "SELECT kind, window_ns / $1 AS slot, CAST(SUM(amount) AS BIGINT) FROM transfer
-                WHERE window_ns >= $2 AND '' = $3 GROUP BY kind, slot"
-            }
+            "org" => by_slot!("org_id = $3"),
+            "tenant" => by_slot!("tenant_id = $3"),
+            "key" => by_slot!("key_id = $3"),
+            _ => by_slot!("'' = $3"),
         };
         let mut spend: BTreeMap<i64, i64> = BTreeMap::new();
         for row in self.query(sql, &[SLOT_NS.into(), first_ns.into(), id.into()])? {

@@ -26,12 +26,14 @@ pub struct Quote {
 }
 
 impl Book<'_> {
-    /// For an output of at most `output_tokens` over all choices. Refuses what admission would
+    /// For an output of at most `output_tokens` over all choices, and device time of at most
+    /// `device_ns`. Refuses what admission would
     /// refuse whatever is left of budgets and rates.
     pub fn quote(
         &mut self,
         opening: &Opening,
         output_tokens: u64,
+        device_ns: u64,
     ) -> Result<Result<Quote, Refusal>, DbError> {
         let account = match &opening.payer {
             Payer::Key(key) => self.account_of_key(key)?,
@@ -49,7 +51,7 @@ impl Book<'_> {
         let worst = terms.charge(&Tally {
             uncached_input: opening.input_tokens,
             output: output_tokens,
-            billable_device_ns: opening.device_bound_ns,
+            billable_device_ns: device_ns.max(opening.device_bound_ns),
             ..Tally::default()
         });
         let hold = first_hold(&terms, opening);

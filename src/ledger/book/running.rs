@@ -5,12 +5,12 @@ use super::{
     budgets::Headroom,
     move_money::{DEVICE, Kind, Move, REVENUE, WRITE_OFF},
     nano,
-    requests::{LeaseRow, OpenRequest},
+    requests::{LeaseRow, OpenRequest, count},
 };
 use crate::{
     ledger::{
         db::DbError,
-        rows::{Bill, Denial, EndCause, EventKind, Extension, Grant},
+        rows::{Bill, Denial, EndCause, EnergyRow, EventKind, Extension, Grant},
     },
     price::{Billing, Tally, usd},
     types::{NanoUsd, RequestId},
@@ -148,6 +148,15 @@ impl Book<'_> {
         self.write_progress(id, &request)?;
         self.end_request(id, "done", cause, 0, steps)?;
         self.bill(id)
+    }
+
+    /// Notes what the device drew for a request, which is known only some time after its end.
+    pub fn note_energy(&mut self, row: &EnergyRow) -> Result<(), DbError> {
+        self.execute(
+            "UPDATE request SET energy_uj = $1, energy_estimated_uj = $2 WHERE id = $3",
+            &[count(row.total_uj), count(row.estimated_uj), row.request.as_str().into()],
+        )?;
+        Ok(())
     }
 
     /// Voids a request whose admission was never told to anyone, so that nothing of it was delivered.

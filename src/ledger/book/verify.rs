@@ -67,18 +67,26 @@ impl Book<'_> {
         self.verify_leases(&mut found)?;
         self.verify_windows(&mut found)?;
         self.verify_rates(&mut found)?;
+        self.verify_days(&mut found)?;
         Ok(found.0)
     }
 
     fn verify_accounts(&mut self, found: &mut Findings) -> Result<(), DbError> {
         let mut moved: BTreeMap<String, Sums> = BTreeMap::new();
-        for row in self
-            .query("SELECT debit, CAST(SUM(amount) AS BIGINT) FROM transfer GROUP BY debit", &[])?
-        {
+        for row in self.query(
+            "SELECT debit, CAST(SUM(amount) AS BIGINT) FROM (
+                    SELECT debit, amount FROM transfer
+                    UNION ALL SELECT debit, amount FROM transfer_day
+                ) AS moved GROUP BY debit",
+            &[],
+        )? {
             moved.entry(row.text(0)?.to_owned()).or_default().0 = row.int(1)?;
         }
         for row in self.query(
-            "SELECT credit, CAST(SUM(amount) AS BIGINT) FROM transfer GROUP BY credit",
+            "SELECT credit, CAST(SUM(amount) AS BIGINT) FROM (
+                SELECT credit, amount FROM transfer
+                UNION ALL SELECT credit, amount FROM transfer_day
+            ) AS moved GROUP BY credit",
             &[],
         )? {
             moved.entry(row.text(0)?.to_owned()).or_default().1 = row.int(1)?;
@@ -135,6 +143,11 @@ impl Book<'_> {
         found.equal("the number of requests with a price", priced, all);
         for (id, amount) in charged.into_iter().chain(refunded) {
             found.wrong(format_args!("request {id:?} is missing, {amount} moved for it"));
+        }
+        let wrong = "SELECT id FROM request WHERE energy_uj < 0 OR energy_estimated_uj < 0
+            OR energy_estimated_uj > energy_uj";
+        for row in self.query(wrong, &[])? {
+            found.wrong(format_args!("request {}: its energy", row.text(0)?));
         }
         let strange = "SELECT transfer.id FROM transfer
             JOIN request ON request.id = transfer.request_id
@@ -225,9 +238,12 @@ impl Book<'_> {
     fn slots(&mut self) -> Result<HashMap<String, Slots>, DbError> {
         let mut slots: HashMap<String, Slots> = HashMap::new();
         for row in self.query(
-            "SELECT org_id, tenant_id, key_id, kind, window_ns / $1 AS slot,
-            CAST(SUM(amount) AS BIGINT) FROM transfer
-            GROUP BY org_id, tenant_id, key_id, kind, slot",
+            "SELECT org_id, tenant_id, key_id, kind, at_ns / $1 AS slot,
+            CAST(SUM(amount) AS BIGINT) FROM (
+                SELECT org_id, tenant_id, key_id, kind, window_ns AS at_ns, amount FROM transfer
+                UNION ALL
+                SELECT org_id, tenant_id, key_id, kind, day_ns, amount FROM transfer_day
+            ) AS moved GROUP BY org_id, tenant_id, key_id, kind, slot",
             &[Val::Int(SLOT_NS)],
         )? {
             let Some(kind) = Kind::parse(row.text(3)?) else { continue };
@@ -246,6 +262,49 @@ impl Book<'_> {
             }
         }
         Ok(slots)
+    }
+
+    /// Rolled-up days: what their requests were charged is what moved for them.
+    fn verify_days(&mut self, found: &mut Findings) -> Result<(), DbError> {
+        let mut moved: BTreeMap<[String; 5], Sums> = BTreeMap::new();
+        for row in self.query(
+            "SELECT org_id, tenant_id, key_id, model, user_label, kind,
+            CAST(SUM(amount) AS BIGINT) FROM transfer_day WHERE kind IN ('charge', 'refund')
+            GROUP BY org_id, tenant_id, key_id, model, user_label, kind",
+            &[],
+        )? {
+            let sums = moved.entry(labels(&row)?).or_default();
+            match row.text(5)? {
+                "charge" => sums.0 += row.int(6)?,
+                _ => sums.1 += row.int(6)?,
+            }
+        }
+        for row in self.query(
+            "SELECT org_id, tenant_id, key_id, model, user_label, CAST(SUM(posted) AS BIGINT),
+            MIN(requests) FROM usage_day GROUP BY org_id, tenant_id, key_id, model, user_label",
+            &[],
+        )? {
+            let of = labels(&row)?;
+            let (charged, refunded) = moved.remove(&of).unwrap_or_default();
+            found.equal(format_args!("days of {of:?}: posted"), row.int(5)?, charged);
+            if refunded > charged || row.int(6)? <= 0 {
+                found.wrong(format_args!("days of {of:?}: {refunded} of {charged} refunded"));
+            }
+        }
+        for (of, sums) in moved {
+            found.wrong(format_args!("days of {of:?} are missing, {sums:?} moved in them"));
+        }
+        let bad =
+            "SELECT day_ns, kind, amount FROM transfer_day WHERE amount <= 0 OR debit = credit
+            OR kind NOT IN ('charge', 'refund', 'writeoff') OR entries <= 0";
+        for row in self.query(bad, &[])? {
+            let (day_ns, kind, amount) = (row.int(0)?, row.text(1)?, row.int(2)?);
+            found.wrong(format_args!("the entries of day {day_ns} are a {kind:?} of {amount}"));
+        }
+        for row in self.query("SELECT request_id FROM rolling", &[])? {
+            found.wrong(format_args!("request {} is half rolled up", row.text(0)?));
+        }
+        Ok(())
     }
 
     fn verify_rates(&mut self, found: &mut Findings) -> Result<(), DbError> {
@@ -312,4 +371,10 @@ fn verify_state(
 /// The first three columns.
 fn chain(row: &Row) -> Result<Chain, DbError> {
     Ok(super::requests::chain(row.text(0)?, row.text(1)?, row.text(2)?))
+}
+
+/// The first five columns.
+fn labels(row: &Row) -> Result<[String; 5], DbError> {
+    let text = |index| row.text(index).map(str::to_owned);
+    Ok([text(0)?, text(1)?, text(2)?, text(3)?, text(4)?])
 }
