@@ -320,6 +320,17 @@ fn a_request_is_estimated_and_then_settled() {
 }
 
 #[test]
+fn an_estimate_needs_two_readings() {
+    let mut account = account();
+    assert_eq!((account.is_read(), account.estimate(S)), (false, None));
+    account.record_energy(reading(0, 7));
+    assert_eq!((account.is_read(), account.estimate(S)), (true, None));
+    // Neither idle nor busy for a whole window yet: what was drawn between the two.
+    account.record_energy(reading(S / 2, 7 + 25_000_000));
+    assert_eq!(account.estimate(2 * S), Some(Energy { measured_uj: 0, estimated_uj: 100_000_000 }));
+}
+
+#[test]
 fn idle_power_is_learned_from_idle_windows() {
     let mut account = account();
     let mut total_uj = 0;

@@ -156,7 +156,8 @@ async fn energy_reaches_answers_rows_and_books() {
     // All of the time, and all that was drawn in it, has a row.
     assert!(is_near(sum(&report, "share"), 1.0, 1e-9), "{report}");
     let drawn = WATTS as f64 * report["window_seconds"].as_f64().expect("seconds");
-    assert!(is_near(sum(&report, "joules"), drawn, 0.01), "{drawn} J drawn: {report}");
+    // The counter moves in steps, and the first and last seconds are estimates.
+    assert!(is_near(sum(&report, "joules"), drawn, 0.05), "{drawn} J drawn: {report}");
     let foreign = row(&report, "foreign", "");
     let share = foreign["share"].as_f64().expect("share");
     assert!(share > 0.0 && share <= FOREIGN_PERCENT as f64 / 100.0, "{report}");

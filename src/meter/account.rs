@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::{
     Energy, EnergyClaim, EnergyReading, Overhead, Owner, Tokens,
     apportion::apportion,
-    energy::{Powers, Readings},
+    energy::{Powers, Readings, power_mw},
     window::Window,
 };
 
@@ -151,6 +151,7 @@ impl Account {
             self.energy_first = since_ns.div_ceil(self.limits.window_ns);
         }
         let Some(span) = span else { return };
+        self.powers.last_mw = Some(power_mw(span.uj, span.to_ns - span.from_ns));
         let cut = self.cut(span.from_ns, span.to_ns);
         let weights: Vec<(u64, ())> = cut.iter().map(|(_, ns)| (*ns, ())).collect();
         for ((index, _), uj) in cut.iter().zip(apportion(span.uj, &weights)) {

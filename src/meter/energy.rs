@@ -71,6 +71,8 @@ impl Readings {
 pub(super) struct Powers {
     pub idle_mw: Option<u64>,
     pub busy_mw: Option<u64>,
+    /// Between the last two readings, whatever it did: better than nothing until the others are seen.
+    pub last_mw: Option<u64>,
 }
 
 impl Powers {
@@ -91,7 +93,11 @@ impl Powers {
     }
 
     pub fn is_known(&self) -> bool {
-        self.busy_mw.or(self.idle_mw).is_some()
+        self.of_work_mw().is_some()
+    }
+
+    fn of_work_mw(&self) -> Option<u64> {
+        self.busy_mw.or(self.idle_mw).or(self.last_mw)
     }
 
     /// What a window with these times, idle last, probably drew.
@@ -104,7 +110,7 @@ impl Powers {
 
     /// What `busy_ns` of device time probably drew.
     pub fn estimate_busy(&self, busy_ns: u64) -> Energy {
-        Energy::new(energy_uj(self.busy_mw.or(self.idle_mw).unwrap_or(0), busy_ns), true)
+        Energy::new(energy_uj(self.of_work_mw().unwrap_or(0), busy_ns), true)
     }
 }
 
@@ -137,7 +143,7 @@ fn energy_uj(power_mw: u64, ns: u64) -> u64 {
     u64::try_from(uj).unwrap_or(u64::MAX)
 }
 
-fn power_mw(uj: u64, ns: u64) -> u64 {
+pub(super) fn power_mw(uj: u64, ns: u64) -> u64 {
     let mw = u128::from(uj) * MW_NS_PER_UJ / u128::from(ns.max(1));
     u64::try_from(mw).unwrap_or(u64::MAX)
 }
