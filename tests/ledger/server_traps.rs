@@ -91,7 +91,8 @@ async fn a_key_is_found_by_injection_prefix_or_case() {
 /// Too few blocks for all of them: prompts are computed again and again, and paid for once.
 #[tokio::test]
 async fn recomputed_tokens_are_charged_again() {
-    let mut shop = Shop::open_with(&["--kv-cache-memory", "512KiB"], &[]);
+    let memory = ["--kv-cache-memory", "1MiB", "--kv-cache-dtype", "f32"];
+    let mut shop = Shop::open_with(&memory, &[]);
     let streams = (0..8).map(|_| {
         let body = json!({"prompt": PROMPT, "max_tokens": 400, "n": 2});
         shop.complete("k0", body)
