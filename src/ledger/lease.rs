@@ -23,8 +23,6 @@ use crate::{
 
 /// Output tokens of a fresh lease, for each sequence of a request.
 const LEASE_TOKENS_FIRST: u64 = 32;
-/// Leases grow until they last so long: each renewal is a commit.
-const RENEWAL_MIN: Duration = Duration::from_millis(500);
 /// How long a request that got nothing, of a budget or of a database, waits before it asks again.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -267,11 +265,8 @@ impl Lease {
         if !(to_pay || to_record) || pending || !account.may_ask(now_ns, to_record) {
             return;
         }
-        let since_ns = now_ns.saturating_sub(account.asked_ns);
-        let soon = since_ns < RENEWAL_MIN.as_nanos() as u64 && account.shared.denied().is_none();
-        let early = dry || soon;
-        if early && account.asked_ns > 0 {
-            // It ran dry before the answer came, or soon will again: ask for more at a time.
+        if dry && account.asked_ns > 0 {
+            // It ran dry before the answer came: ask for more at a time.
             account.size_tokens =
                 (account.size_tokens * 2).min(account.limits.outstanding_tokens_max.max(1));
         }
