@@ -252,9 +252,17 @@ async fn many_streams_use_a_budget_to_the_last_token_and_no_further() {
         let streams = (0..streams).map(|index| {
             let key = if index % 2 == 0 { "k0" } else { "k1" };
             let body = json!({"prompt": PROMPT, "max_tokens": 4000});
-            shop.read(key, body, |_| true)
+            let shop = &shop;
+            async move { shop.try_read(key, &body, |_| true).await }
         });
         let read = futures_util::future::join_all(streams).await;
+        // Who comes when the others hold all of it is turned away.
+        let (read, refused): (Vec<_>, Vec<_>) = read.into_iter().partition(Result::is_ok);
+        let read: Vec<_> = read.into_iter().flatten().collect();
+        assert!(read.len() > refused.len(), "{} were turned away", refused.len());
+        for error in refused.into_iter().filter_map(Result::err) {
+            assert_eq!(error["error"]["code"], "insufficient_quota");
+        }
         let mut sum = 0;
         for one in &read {
             assert_eq!((&one.finish, &one.cause), (&json!("length"), &json!("budget")), "{one:?}");
