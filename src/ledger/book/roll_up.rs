@@ -45,7 +45,7 @@ impl Book<'_> {
 
     fn add_days(&mut self) -> Result<(), DbError> {
         let day = [Val::Int(DAY_NS)];
-        self.execute(
+        self.write(
             "INSERT INTO usage_day (day_ns, org_id, tenant_id, key_id, model, user_label, requests,
             uncached_input, cached_input, output, device_ns, billable_device_ns, posted, token_cost,
             device_cost, energy_uj, energy_estimated_uj, steps, unrecorded_max)
@@ -74,7 +74,7 @@ impl Book<'_> {
             unrecorded_max = usage_day.unrecorded_max + excluded.unrecorded_max",
             &day,
         )?;
-        self.execute(
+        self.write(
             "INSERT INTO transfer_day (day_ns, kind, debit, credit, org_id, tenant_id, key_id, model,
             user_label, amount, entries)
             SELECT window_ns / $1 * $1, kind, debit, credit, transfer.org_id, transfer.tenant_id,
@@ -86,8 +86,7 @@ impl Book<'_> {
             DO UPDATE SET amount = transfer_day.amount + excluded.amount,
             entries = transfer_day.entries + excluded.entries",
             &day,
-        )?;
-        Ok(())
+        )
     }
 
     fn forget_rolled(&mut self) -> Result<(), DbError> {
@@ -97,7 +96,7 @@ impl Book<'_> {
             "DELETE FROM request WHERE id IN (SELECT request_id FROM rolling)",
             "DELETE FROM rolling",
         ] {
-            self.execute(sql, &[])?;
+            self.write(sql, &[])?;
         }
         Ok(())
     }
@@ -108,7 +107,7 @@ impl Book<'_> {
         let some = self.one(of, &[before_s.into()])?.map_or(Ok(0), |row| row.int(0))?;
         if some > 0 {
             let sql = "DELETE FROM window_total WHERE span <> 'total' AND start_s < $1";
-            self.execute(sql, &[before_s.into()])?;
+            self.write(sql, &[before_s.into()])?;
             self.totals.retain(|(_, span, start_s), _: &mut Total| {
                 *span == crate::ledger::Span::Total || *start_s >= before_s
             });

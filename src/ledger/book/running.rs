@@ -152,11 +152,10 @@ impl Book<'_> {
 
     /// Notes what the device drew for a request, which is known only some time after its end.
     pub fn note_energy(&mut self, row: &EnergyRow) -> Result<(), DbError> {
-        self.execute(
+        self.write(
             "UPDATE request SET energy_uj = $1, energy_estimated_uj = $2 WHERE id = $3",
             &[count(row.total_uj), count(row.estimated_uj), row.request.as_str().into()],
-        )?;
-        Ok(())
+        )
     }
 
     /// Voids a request whose admission was never told to anyone, so that nothing of it was delivered.
