@@ -29,7 +29,7 @@ const FOREIGN_PERCENT: u64 = 10;
 /// NVML's own times of use, in steps that no look misses.
 const STEP: Duration = Duration::from_millis(50);
 
-/// Moves the counters of two GPUs, one of them shared with another process, until it is dropped.
+/// Tells the use of two GPUs, one of them shared with another process, until it is dropped.
 struct Driver {
     stop: Arc<AtomicBool>,
     /// The server's process.
@@ -63,11 +63,11 @@ impl Drop for Driver {
 }
 
 fn script(elapsed: Duration, pid: u32) -> String {
-    let (mj, us) = (WATTS * elapsed.as_millis() as u64, 1 + elapsed.as_micros() as u64);
+    let us = 1 + elapsed.as_micros() as u64;
     let device = |uuid: &str| {
         format!(
             "device {uuid} gpu=37 mem_busy=12 mem_total=85899345920 mem_used=1073741824 \
-             power={} energy={mj} sm_clock=1755 mem_clock=2619 throttle=4\n",
+             power={} draws=1 sm_clock=1755 mem_clock=2619 throttle=4\n",
             WATTS * 1000
         )
     };
@@ -135,8 +135,9 @@ async fn energy_reaches_answers_rows_and_books() {
         let details = complete(&server, tokens).await;
         let joules = details["joules"].as_f64().unwrap_or_else(|| panic!("{details}"));
         let busy_s = details["gpu_ms"].as_f64().expect("time") / 1e3;
-        // At no time more than the whole of what the device draws.
-        assert!(joules > 0.0 && joules <= WATTS as f64 * busy_s * 1.05, "{details}");
+        // At no time more than the whole of what the device draws, as well as a look that is kept
+        // waiting between clock and counter can tell.
+        assert!(joules > 0.0 && joules <= WATTS as f64 * busy_s * 1.2, "{details}");
         assert_eq!(details["joules_estimated"], true, "{details}");
         told += joules;
     }
@@ -156,8 +157,8 @@ async fn energy_reaches_answers_rows_and_books() {
     // All of the time, and all that was drawn in it, has a row.
     assert!(is_near(sum(&report, "share"), 1.0, 1e-9), "{report}");
     let drawn = WATTS as f64 * report["window_seconds"].as_f64().expect("seconds");
-    // The counter moves in steps, and the first and last seconds are estimates.
-    assert!(is_near(sum(&report, "joules"), drawn, 0.05), "{drawn} J drawn: {report}");
+    // The first and last seconds are estimates.
+    assert!(is_near(sum(&report, "joules"), drawn, 0.1), "{drawn} J drawn: {report}");
     let foreign = row(&report, "foreign", "");
     let share = foreign["share"].as_f64().expect("share");
     assert!(share > 0.0 && share <= FOREIGN_PERCENT as f64 / 100.0, "{report}");

@@ -5,7 +5,8 @@
  *   count CODE               what nvmlDeviceGetCount_v2 returns
  *   sleep_ms N               how long every sample of power takes
  *   device UUID KEY=N ...    a GPU, in the order of NVML indices; `lost=CODE` fails all its calls,
- *                            and a quantity that is not given is not supported
+ *                            and a quantity that is not given is not supported; `draws=1` counts
+ *                            energy at `power` from the first look on
  *   process UUID KEY=N ...   pid, mem (bytes), and for a sample of use: sm, ts (microseconds)
  *
  * `-DWITHOUT_X` leaves out function X. Calls of init and shutdown are noted in the file `calls`.
@@ -16,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { SUCCESS = 0, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7 };
@@ -94,6 +96,16 @@ static int quantity(const char *uuid, const char *key, long long *out) {
     if (code) return code;
     *out = value(text, key);
     return *out < 0 ? NOT_SUPPORTED : SUCCESS;
+}
+
+/* Since it was first asked. */
+static long long uptime_us(void) {
+    static long long first;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    long long us = now.tv_sec * 1000000LL + now.tv_nsec / 1000;
+    if (!first) first = us;
+    return us - first;
 }
 
 #ifndef WITHOUT_nvmlInit_v2
@@ -182,9 +194,14 @@ int nvmlDeviceGetPowerUsage(void *handle, unsigned *milliwatts) {
 #ifndef WITHOUT_nvmlDeviceGetTotalEnergyConsumption
 int nvmlDeviceGetTotalEnergyConsumption(void *handle, unsigned long long *millijoules) {
     long long energy;
-    int code = quantity(handle, "energy", &energy);
-    if (!code) *millijoules = (unsigned long long)energy;
-    return code;
+    const char *text;
+    int code = device(handle, &text);
+    if (code) return code;
+    if (value(text, "draws") > 0) energy = value(text, "power") * uptime_us() / 1000000;
+    else energy = value(text, "energy");
+    if (energy < 0) return NOT_SUPPORTED;
+    *millijoules = (unsigned long long)energy;
+    return SUCCESS;
 }
 #endif
 

@@ -131,9 +131,10 @@ fn read(
     used_until_us: &mut Option<u64>,
     now_ns: &dyn Fn() -> u64,
 ) -> Result<GpuSample, GpuFault> {
-    // First, as energy is what the time is for.
-    let at_ns = now_ns();
+    // First, as energy is what the time is for: half way through a call that may take its time.
+    let begin_ns = now_ns();
     let energy_mj = told(device.total_energy_consumption())?;
+    let at_ns = begin_ns + now_ns().saturating_sub(begin_ns) / 2;
     let power_mw = told(device.power_usage())?.map(u64::from);
     let utilization = told(device.utilization_rates())?;
     let memory = told(device.memory_info())?;
