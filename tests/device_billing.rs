@@ -11,7 +11,7 @@ use std::{
 use candela::{
     clock::Clock,
     ledger::{
-        Opening,
+        Demand, Opening,
         book::PriceSpec,
         db::{Db, Sqlite},
         rows::EndCause,
@@ -58,7 +58,7 @@ async fn generate(
     let (mut left, mut input_ns) = (random.random_range(0..200), INPUT_BOUND_NS);
     let cause = loop {
         lease.bound_device(input_ns, TOKEN_BOUND_NS);
-        lease.renew(1, 0);
+        lease.renew(Demand { sequences: 1, in_flight: 0, left: u64::MAX });
         if let Some(cause) = lease.end(0) {
             break cause;
         }

@@ -52,7 +52,7 @@ impl<D: Device> Engine<D> {
             if live.lease.bills_device() {
                 live.bound_device(&bound, &self.scheduler);
             }
-            live.lease.renew(live.live_sequences(), live.in_flight);
+            live.renew();
             if let Some(cause) = live.lease.end(live.in_flight) {
                 ended.push((*owner, cause));
             }

@@ -10,7 +10,7 @@ use super::{
     request::{GenerateRequest, OutputToken, RequestError, RequestUsage, SoFar, StreamEvent},
 };
 use crate::{
-    ledger::{EndCause, Lease},
+    ledger::{Demand, EndCause, Lease},
     meter::{Owner, Tokens},
     price::Tally,
     sampling::TokenLogprobs,
@@ -274,8 +274,15 @@ impl Live {
         self.choices.iter().all(|choice| choice.done)
     }
 
-    pub fn live_sequences(&self) -> u64 {
-        self.choices.iter().filter(|choice| !choice.done).count() as u64
+    /// Has the lease ask for more where it runs low.
+    pub fn renew(&mut self) {
+        let outputs = self.choices.iter().filter(|choice| !choice.done);
+        let left: Vec<u64> = outputs.map(|choice| choice.output.tokens_left()).collect();
+        self.lease.renew(Demand {
+            sequences: left.len() as u64,
+            in_flight: self.in_flight,
+            left: left.iter().sum(),
+        });
     }
 
     /// Settles a request whose choices have all ended; its last event leaves once that is durable.

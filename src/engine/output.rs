@@ -101,6 +101,11 @@ impl ChoiceOutput {
         piece
     }
 
+    /// Those that may still be pushed.
+    pub fn tokens_left(&self) -> u64 {
+        self.stop.max_tokens.saturating_sub(self.tokens).into()
+    }
+
     /// Sends what was withheld and ends the choice; a stop string that shows only now says so.
     pub fn finish(&mut self, reason: FinishReason) -> Piece {
         let tail = self.detokenizer.finish();

@@ -23,6 +23,8 @@ use crate::{
 
 /// Output tokens of a fresh lease, for each sequence of a request.
 const LEASE_TOKENS_FIRST: u64 = 32;
+/// Leases grow until they last so long, because each renewal is a commit.
+const RENEWAL_MIN: Duration = Duration::from_millis(500);
 /// How long a request that got nothing, of a budget or of a database, waits before it asks again.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -126,6 +128,17 @@ pub struct Meterage {
     pub steps: u64,
 }
 
+/// What a request still wants of its lease.
+#[derive(Clone, Copy, Debug)]
+pub struct Demand {
+    /// Live ones.
+    pub sequences: u64,
+    /// Output tokens that are launched and not yet counted.
+    pub in_flight: u64,
+    /// Output tokens that can still come, those in flight included.
+    pub left: u64,
+}
+
 /// A request's hold. Dropping it closes the request as aborted.
 pub struct Lease {
     account: Option<Account>,
@@ -146,6 +159,7 @@ struct Account {
     sequences: u64,
     /// When it was first without money for its next token.
     broke_since_ns: Option<u64>,
+    /// When it last asked, or was admitted.
     asked_ns: u64,
     /// Bounds on the device time of the input that is not computed yet, and of one more token, where
     /// that is billed.
@@ -168,6 +182,7 @@ impl Lease {
         limits: LeaseLimits,
     ) -> Self {
         let account = Account {
+            asked_ns: clock.now_ns(),
             request,
             opened,
             shared,
@@ -177,7 +192,6 @@ impl Lease {
             size_tokens: LEASE_TOKENS_FIRST.min(limits.outstanding_tokens_max).max(1),
             sequences: 1,
             broke_since_ns: None,
-            asked_ns: 0,
             input_bound_ns: 0,
             token_bound_ns: 0,
         };
@@ -249,24 +263,26 @@ impl Lease {
         account.paid(used).min(account.room(used))
     }
 
-    /// Asks for more before it runs out. `sequences` of the request are live, `in_flight` of its
-    /// tokens are launched and not yet counted.
-    pub fn renew(&mut self, sequences: u64, in_flight: u64) {
-        let dry = self.affordable() <= in_flight;
+    /// Asks for more before it runs out.
+    pub fn renew(&mut self, demand: Demand) {
         let used = self.counted.used;
         let Some(account) = &mut self.account else { return };
-        account.sequences = sequences.max(1);
+        account.sequences = demand.sequences.max(1);
+        let in_flight = demand.in_flight;
         let half = account.size_tokens * account.sequences / 2;
         let (paid, room) = (account.paid(&used), account.room(&used));
-        let to_pay = paid.saturating_sub(in_flight) <= half && account.may_grow();
+        let runs_low = paid.saturating_sub(in_flight) <= half && paid < demand.left;
+        let to_pay = runs_low && account.may_grow();
         let to_record = room.saturating_sub(in_flight) <= half && account.unrecorded(&used) > 0;
         let pending = account.shared.pending.load(Ordering::Acquire);
         let now_ns = account.clock.now_ns();
         if !(to_pay || to_record) || pending || !account.may_ask(now_ns, to_record) {
             return;
         }
-        if dry && account.asked_ns > 0 {
-            // It ran dry before the answer came: ask for more at a time.
+        // It ran dry before the last answer came, or it will ask again soon.
+        let since_ns = now_ns.saturating_sub(account.asked_ns);
+        let short = since_ns < RENEWAL_MIN.as_nanos() as u64 && account.shared.denied().is_none();
+        if short || paid.min(room) <= in_flight {
             account.size_tokens =
                 (account.size_tokens * 2).min(account.limits.outstanding_tokens_max.max(1));
         }
@@ -274,8 +290,9 @@ impl Lease {
         let after = |tokens: u64| capped(account.charge_after(&used, tokens));
         // Less than a token more than it has would be of no use.
         let least = after(paid.saturating_add(1));
-        let wanted = after(in_flight + account.size_tokens * account.sequences);
-        account.asked_ns = now_ns.max(1);
+        let size = account.size_tokens * account.sequences;
+        let wanted = after((in_flight + size).min(demand.left));
+        account.asked_ns = now_ns;
         account.shared.pending.store(true, Ordering::Release);
         let least = least.min(wanted);
         let asked = Extension { request: account.request.clone(), used, wanted, least };
@@ -363,7 +380,9 @@ impl Account {
 
     /// The most further tokens whose charge stays within `limit`.
     fn fitting(&self, used: &Tally, limit: NanoUsd) -> u64 {
-        affordable(&self.opened.terms, limit, |tokens| self.after(used, tokens))
+        let token =
+            Tally { output: 1, billable_device_ns: self.token_bound_ns, ..Tally::default() };
+        self.opened.terms.fitting(&self.after(used, 0), &token, limit)
     }
 
     /// Further tokens that what is held pays for.
@@ -411,22 +430,6 @@ impl Account {
     }
 }
 
-/// The charge grows with the tokens, so the largest count is found by halving.
-fn affordable(terms: &Terms, limit: NanoUsd, after: impl Fn(u64) -> Tally) -> u64 {
-    /// No sequence is longer.
-    const TOKENS_MAX: u64 = 1 << 32;
-    let fits = |tokens: u64| terms.charge(&after(tokens)) <= limit;
-    if tokens_are_free(terms) || fits(TOKENS_MAX) {
-        return if fits(0) { u64::MAX } else { 0 };
-    }
-    let (mut low, mut high) = (0, TOKENS_MAX);
-    while high - low > 1 {
-        let middle = low + (high - low) / 2;
-        if fits(middle) { low = middle } else { high = middle }
-    }
-    low
-}
-
 fn tokens_are_free(terms: &Terms) -> bool {
     match terms.billing {
         Billing::Tokens => terms.rates.output.0 == 0,
@@ -436,29 +439,4 @@ fn tokens_are_free(terms: &Terms) -> bool {
 
 fn saturate(amount: NanoUsd) -> i64 {
     i64::try_from(amount.0).unwrap_or(i64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::price::Rates;
-
-    #[test]
-    fn affordable_is_the_largest_count_that_fits() {
-        for output in [1i128, 999, 1_000_000, 600_000_000] {
-            let rates = Rates { output: NanoUsd(output), ..Rates::default() };
-            let terms = Terms { rates, ..Terms::default() };
-            let after = |tokens| Tally { output: tokens, ..Tally::default() };
-            for limit in [0i128, 1, 7, 599, 600, 601, 1_000_000] {
-                let count = affordable(&terms, NanoUsd(limit), after);
-                let fits = |tokens| terms.charge(&after(tokens)).0 <= limit;
-                // Beyond any sequence's length all counts are one.
-                assert!(fits(count.min(1 << 32)), "{count} at {output} within {limit}");
-                assert!(
-                    count >= 1 << 32 || !fits(count + 1),
-                    "{count} + 1 at {output} within {limit}"
-                );
-            }
-        }
-    }
 }

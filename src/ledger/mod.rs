@@ -17,7 +17,7 @@ pub mod window;
 
 pub use book::{Book, transact};
 pub use desk::Desk;
-pub use lease::{Lease, LeaseEnd, Meterage};
+pub use lease::{Demand, Lease, LeaseEnd, Meterage};
 pub use reader::Reader;
 pub use rows::{
     Bill, Chain, Denial, EndCause, EnergyRow, Event, Extension, Grant, Opened, Opening, Payer,

@@ -65,10 +65,14 @@ impl Rates {
         if tally.is_empty() {
             return NanoUsd(0);
         }
-        let tokens = i128::from(tally.uncached_input) * self.input.0
+        NanoUsd(self.request.0 + div_ceil(self.token_sum(tally), TOKENS_PER_PRICE))
+    }
+
+    /// Tokens times prices, in millionths of a nano-USD.
+    fn token_sum(&self, tally: &Tally) -> i128 {
+        i128::from(tally.uncached_input) * self.input.0
             + i128::from(tally.cached_input) * self.cached_input.0
-            + i128::from(tally.output) * self.output.0;
-        NanoUsd(self.request.0 + div_ceil(tokens, TOKENS_PER_PRICE))
+            + i128::from(tally.output) * self.output.0
     }
 
     /// `ceil(ns * price / 1e9)`.
@@ -93,6 +97,23 @@ impl Terms {
         match second {
             0 => u64::MAX,
             _ => u64::try_from(left.max(0) * NS_PER_S / second).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// The most times that `more` can be added to `used` with a charge of no more than `limit`;
+    /// `u64::MAX` where that is without end, 0 where `used` alone costs more.
+    pub fn fitting(&self, used: &Tally, more: &Tally, limit: NanoUsd) -> u64 {
+        let rates = &self.rates;
+        let device = |tally: &Tally| i128::from(tally.billable_device_ns) * rates.device_second.0;
+        let (scale, used, more) = match self.billing {
+            Billing::Tokens => (TOKENS_PER_PRICE, rates.token_sum(used), rates.token_sum(more)),
+            Billing::Device => (NS_PER_S, device(used), device(more)),
+        };
+        let left = (limit.0 - rates.request.0) * scale - used;
+        match more {
+            _ if left < 0 => 0,
+            0 => u64::MAX,
+            _ => u64::try_from(left / more).unwrap_or(u64::MAX),
         }
     }
 
@@ -164,6 +185,37 @@ mod tests {
             };
             prop_assert!(charge(most_ns) <= limit.max(request), "{most_ns}");
             prop_assert!(charge(most_ns + 1) > limit, "{most_ns} is not the most");
+        }
+
+        #[test]
+        fn as_many_fit_as_the_charge_allows(
+            prices in prop::array::uniform3(0i128..2_000_000_000), request in 0i128..1000,
+            used in (0u64..1000, 0u64..1000, 0u64..1000), more in (1u64..4, 1u64..1_000_000),
+            limit in 0i128..2_000_000, by_time in any::<bool>(),
+        ) {
+            let rates = Rates {
+                input: NanoUsd(prices[0]),
+                cached_input: NanoUsd(0),
+                output: NanoUsd(prices[1]),
+                device_second: NanoUsd(prices[2]),
+                request: NanoUsd(request),
+            };
+            let billing = if by_time { Billing::Device } else { Billing::Tokens };
+            let terms = Terms { rates, billing, ..Terms::default() };
+            let more = Tally { output: more.0, billable_device_ns: more.1, ..Tally::default() };
+            let used = Tally {
+                uncached_input: 1 + used.0, output: used.1, billable_device_ns: used.2,
+                ..Tally::default()
+            };
+            let charge = |count: u64| {
+                let output = used.output + count * more.output;
+                let billable_device_ns = used.billable_device_ns + count * more.billable_device_ns;
+                terms.charge(&Tally { output, billable_device_ns, ..used }).0
+            };
+            let count = terms.fitting(&used, &more, NanoUsd(limit));
+            let seen = if count == u64::MAX { 1_000_000_000 } else { count };
+            prop_assert!(charge(seen) <= limit || (count == 0 && charge(0) > limit), "{count}");
+            prop_assert!(count == u64::MAX || charge(count + 1) > limit, "{count} and one more");
         }
 
         #[test]

@@ -15,7 +15,7 @@ use candela::{
         Ledger, LedgerError, LedgerOptions, Opening, Payer, Policy, Span, Zone,
         book::{Book, Budget, PriceSpec, inspect, transact},
         db::{Db, DbError},
-        lease::{Lease, LeaseLimits},
+        lease::{Demand, Lease, LeaseLimits},
         rows::{Bill, EndCause},
         thread::LedgerThread,
     },
@@ -146,7 +146,7 @@ pub async fn generate(
     lease.use_input(opening.input_tokens, 0);
     let mut left = output_tokens;
     let cause = loop {
-        lease.renew(1, 0);
+        lease.renew(Demand { sequences: 1, in_flight: 0, left: u64::MAX });
         if left == 0 {
             break EndCause::Finished;
         }

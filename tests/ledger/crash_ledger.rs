@@ -10,7 +10,7 @@ use std::{
 };
 
 use candela::{
-    ledger::{EndCause, Opening, Payer},
+    ledger::{Demand, EndCause, Opening, Payer},
     types::{KeyId, ModelId, RequestId, TenantId},
 };
 
@@ -57,7 +57,7 @@ async fn the_process_that_dies() {
         lease.use_input(5, 0);
         let mut tokens = 0;
         while tokens < 6 * (index + 1) {
-            lease.renew(1 + index % 2, 0);
+            lease.renew(Demand { sequences: 1 + index % 2, in_flight: 0, left: u64::MAX });
             if lease.end(0).is_some() {
                 break;
             }

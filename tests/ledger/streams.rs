@@ -13,7 +13,7 @@ use std::{
 use candela::{
     clock::Clock,
     ledger::{
-        Bill, EndCause, Lease, Ledger, LedgerOptions, Opening, Payer, Span,
+        Bill, Demand, EndCause, Lease, Ledger, LedgerOptions, Opening, Payer, Span,
         book::RateLimit,
         db::{Db, DbError, Row, Sqlite, Val},
         lease::LeaseLimits,
@@ -132,7 +132,7 @@ impl Stream {
         let (mut in_flight, mut delivered, mut input) = (0, 0, 0);
         let seen = |input, delivered, end| Seen { id: id.clone(), input, delivered, cap, end };
         loop {
-            lease.renew(self.choices, in_flight);
+            lease.renew(Demand { sequences: self.choices, in_flight, left: u64::MAX });
             if let Some(cause) = lease.end(in_flight) {
                 return seen(input, delivered, Some((cause, close(lease, cause).await)));
             }
