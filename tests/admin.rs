@@ -567,7 +567,7 @@ async fn secrets_are_nowhere(server: &Server, keys: &Keys) {
 }
 
 #[tokio::test]
-async fn prices_of_the_file_and_their_reload() {
+async fn a_broken_price_file_keeps_a_stale_map_silently() {
     let dir = tempfile::tempdir().expect("a directory");
     let file = dir.path().join("candela.toml");
     let write = |output: &str| {
@@ -586,6 +586,10 @@ async fn prices_of_the_file_and_their_reload() {
     write("3 USD");
     hang_up();
     server.logged(&["the prices stay as they are", "line 4", "output"]).await;
+    assert_eq!(prices(), first);
+    std::fs::remove_file(&file).expect("removed");
+    hang_up();
+    server.logged(&["the prices stay as they are", "candela.toml", "No such file"]).await;
     assert_eq!(prices(), first);
     write("3");
     hang_up();

@@ -50,6 +50,30 @@ async fn some_routes_skip_the_budget() {
     assert_eq!(shop.world.number("SELECT COUNT(*) FROM request"), 0);
 }
 
+/// Without a `max_tokens` the hold is for what is sure, and the budget alone says where it ends.
+#[tokio::test]
+async fn a_missing_max_tokens_is_guessed() {
+    const PAID: i128 = 37;
+    for max_tokens in [Value::Null, json!(12_000)] {
+        let mut shop = Shop::open_with(&[], &[]);
+        shop.world.budget("tenant:red", Span::Total, "UTC", INPUT + PAID * OUTPUT + OUTPUT - 1);
+        let messages = json!([{"role": "user", "content": PROMPT}]);
+        let body = json!({"messages": messages, "max_tokens": max_tokens});
+        let answer = shop.request("k0", "/v1/chat/completions", &body).send().await;
+        let answer: Value = answer.expect("answers").json().await.expect("json");
+        let usage = &answer["usage"];
+        assert_eq!(
+            (&usage["prompt_tokens"], &usage["completion_tokens"], &usage["cost"]),
+            (&json!(11), &json!(PAID as u64), &dollars(INPUT + PAID * OUTPUT)),
+            "{answer}"
+        );
+        let choice = &answer["choices"][0];
+        assert_eq!(choice["finish_reason"], "length", "{answer}");
+        assert_eq!(choice["candela"]["stop_cause"], "budget", "{answer}");
+        shop.settled();
+    }
+}
+
 #[tokio::test]
 async fn a_key_is_found_by_injection_prefix_or_case() {
     let mut shop = Shop::open_with(&[], &[]);
