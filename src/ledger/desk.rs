@@ -17,7 +17,7 @@ use std::{
 use super::{
     book::transact,
     db::{Db, DbError},
-    job::{Answer, Closing, Job, Outbox, perform, present, revoked},
+    job::{Answer, Closing, Job, Outbox, perform, present, read_ahead, revoked},
     lease::{Lease, Shared},
     rows::{Event, Opened},
     thread::{LedgerError, LedgerOptions},
@@ -237,6 +237,7 @@ impl Desk {
         let ((answers, revoked, revision, known), events) = transact(&mut *self.db, |book| {
             // A hold must belong to a server that others know of, or nobody would give it back.
             let known = options.exclusive || present(book, options)?;
+            read_ahead(book, group)?;
             let answers = group.iter_mut().map(|job| perform(book, job, &options.replica));
             let answers = answers.collect::<Result<Vec<_>, _>>()?;
             let revision = book.revision();

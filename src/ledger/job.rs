@@ -105,6 +105,25 @@ pub(super) enum Answer {
     Bill(Option<Bill>),
 }
 
+/// Reads what the jobs will ask for at once. Work of an operator may change it between them, so then
+/// each reads for itself.
+pub(super) fn read_ahead(book: &mut Book<'_>, group: &[Job]) -> Result<(), DbError> {
+    if group.iter().any(|job| matches!(job, Job::Run { .. })) {
+        return Ok(());
+    }
+    let openings = group.iter().filter_map(|job| match job {
+        Job::Open { opening, .. } => Some(&**opening),
+        _ => None,
+    });
+    let requests = group.iter().filter_map(|job| match job {
+        Job::Extend { asked, .. } => Some(&asked.request),
+        Job::Close(closing) => Some(&closing.request),
+        Job::Forget(request) => Some(request),
+        _ => None,
+    });
+    book.read_ahead(&openings.collect::<Vec<_>>(), &requests.collect::<Vec<_>>())
+}
+
 pub(super) fn perform(
     book: &mut Book<'_>,
     job: &mut Job,

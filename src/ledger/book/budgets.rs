@@ -1,9 +1,11 @@
 //! Budgets and the totals of their windows.
 
+use std::collections::BTreeSet;
+
 use super::{Book, nano};
 use crate::{
     ledger::{
-        db::{DbError, Row},
+        db::{DbError, Question, Row},
         rows::{EventKind, Refusal},
         window::{Span, Zone, bounds_s, start_s},
     },
@@ -60,6 +62,11 @@ const BUDGETS: &str =
 const TOTAL: &str = "SELECT posted, held, fired FROM window_total
     WHERE scope = $1 AND span = $2 AND start_s = $3";
 
+/// What is asked to know the budgets of `scopes`.
+pub(super) fn budgets_of(scopes: &[String]) -> Vec<Question> {
+    scopes.iter().map(|scope| (BUDGETS, vec![scope.as_str().into()])).collect()
+}
+
 fn total_key(budget: &Budget, at_ns: i64) -> TotalKey {
     (budget.scope.clone(), budget.span, start_s(budget.span, &budget.zone, at_ns))
 }
@@ -68,61 +75,87 @@ impl Book<'_> {
     /// Budgets of one scope.
     pub fn budgets(&mut self, scope: &str) -> Result<Vec<Budget>, DbError> {
         if !self.budgets.contains_key(scope) {
-            self.read_ahead(&[scope.to_owned()], self.now_ns)?;
+            self.read_budgets(&[scope.to_owned()])?;
         }
         Ok(self.budgets.get(scope).cloned().unwrap_or_default())
     }
 
-    /// Reads the budgets of `scopes` and their windows of `at_ns`, each kind at once, where they are
-    /// not known yet.
-    fn read_ahead(&mut self, scopes: &[String], at_ns: i64) -> Result<(), DbError> {
-        let mut wanted = scopes.to_vec();
-        wanted.retain(|scope| !self.budgets.contains_key(scope));
-        if !wanted.is_empty() {
-            let values: Vec<_> = wanted.iter().map(|scope| vec![scope.as_str().into()]).collect();
-            let found = self.query_each(BUDGETS, &values)?;
-            for (scope, rows) in wanted.into_iter().zip(found) {
-                let found = rows.iter().map(|row| read(&scope, row)).collect::<Result<_, _>>()?;
-                self.budgets.insert(scope, found);
-            }
+    fn read_budgets(&mut self, scopes: &[String]) -> Result<(), DbError> {
+        let unknown = self.unknown_budgets(scopes);
+        let found = self.query_each(&budgets_of(&unknown))?;
+        self.keep_budgets(unknown, found)
+    }
+
+    /// Those of `scopes` whose budgets are not known yet, each once.
+    pub(super) fn unknown_budgets(&self, scopes: &[String]) -> Vec<String> {
+        let unknown = scopes.iter().filter(|scope| !self.budgets.contains_key(*scope));
+        unknown.collect::<BTreeSet<_>>().into_iter().cloned().collect()
+    }
+
+    /// The answers to [`budgets_of`].
+    pub(super) fn keep_budgets(
+        &mut self,
+        scopes: Vec<String>,
+        found: Vec<Vec<Row>>,
+    ) -> Result<(), DbError> {
+        for (scope, rows) in scopes.into_iter().zip(found) {
+            let found = rows.iter().map(|row| read(&scope, row)).collect::<Result<_, _>>()?;
+            self.budgets.insert(scope, found);
         }
-        let budgets = scopes.iter().filter_map(|scope| self.budgets.get(scope)).flatten();
-        let keys = budgets.map(|budget| total_key(budget, at_ns)).collect();
+        Ok(())
+    }
+
+    /// Reads what the budgets of `scopes` have in their windows, each at the times beside it.
+    pub(super) fn read_windows<'s>(
+        &mut self,
+        scopes: impl IntoIterator<Item = (&'s String, i64)>,
+    ) -> Result<(), DbError> {
+        let of = |(scope, at_ns): (&'s String, i64)| {
+            let budgets = self.budgets.get(scope).into_iter().flatten();
+            budgets.map(move |budget| total_key(budget, at_ns))
+        };
+        let keys = scopes.into_iter().flat_map(of).collect();
         self.read_totals(keys)
     }
 
-    fn read_totals(&mut self, mut keys: Vec<TotalKey>) -> Result<(), DbError> {
+    /// Reads the budgets of `scopes` and their windows of `at_ns`, each kind at once, where they are
+    /// not known yet.
+    fn read_totals_at(&mut self, scopes: &[String], at_ns: i64) -> Result<(), DbError> {
+        self.read_budgets(scopes)?;
+        self.read_windows(scopes.iter().map(|scope| (scope, at_ns)))
+    }
+
+    fn read_totals(&mut self, mut keys: BTreeSet<TotalKey>) -> Result<(), DbError> {
         keys.retain(|key| !self.totals.contains_key(key));
-        if !keys.is_empty() {
-            let values = |(scope, span, start_s): &TotalKey| {
-                vec![scope.as_str().into(), span.name().into(), (*start_s).into()]
+        let question = |(scope, span, start_s): &TotalKey| {
+            let values = vec![scope.as_str().into(), span.name().into(), (*start_s).into()];
+            (TOTAL, values)
+        };
+        let questions: Vec<_> = keys.iter().map(question).collect();
+        let found = self.query_each(&questions)?;
+        for (key, rows) in keys.into_iter().zip(found) {
+            let total = match rows.first() {
+                Some(row) => {
+                    let (posted, held) = (row.int(0)?, row.int(1)?);
+                    Total { posted, held, fired: row.int(2)?, changed: false }
+                }
+                None => Total::default(),
             };
-            let values: Vec<_> = keys.iter().map(values).collect();
-            let found = self.query_each(TOTAL, &values)?;
-            for (key, rows) in keys.into_iter().zip(found) {
-                let total = match rows.first() {
-                    Some(row) => {
-                        let (posted, held) = (row.int(0)?, row.int(1)?);
-                        Total { posted, held, fired: row.int(2)?, changed: false }
-                    }
-                    None => Total::default(),
-                };
-                self.totals.insert(key, total);
-            }
+            self.totals.insert(key, total);
         }
         Ok(())
     }
 
     fn total(&mut self, budget: &Budget, at_ns: i64) -> Result<(TotalKey, Total), DbError> {
         let key = total_key(budget, at_ns);
-        self.read_totals(vec![key.clone()])?;
+        self.read_totals(BTreeSet::from([key.clone()]))?;
         let total = self.totals.get(&key).copied().unwrap_or_default();
         Ok((key, total))
     }
 
     /// What the budgets of `scopes` leave now.
     pub(super) fn headroom(&mut self, scopes: &[String]) -> Result<Headroom, DbError> {
-        self.read_ahead(scopes, self.now_ns)?;
+        self.read_totals_at(scopes, self.now_ns)?;
         let mut tightest = Headroom { left: None, held: 0, window: None };
         for scope in scopes {
             for budget in self.budgets(scope)? {
@@ -146,7 +179,7 @@ impl Book<'_> {
         scopes: &[String],
         amount: i64,
     ) -> Result<Result<(), Refusal>, DbError> {
-        self.read_ahead(scopes, self.now_ns)?;
+        self.read_totals_at(scopes, self.now_ns)?;
         for scope in scopes {
             for budget in self.budgets(scope)? {
                 let (_, total) = self.total(&budget, self.now_ns)?;
@@ -198,7 +231,7 @@ impl Book<'_> {
         posted: i64,
         held: i64,
     ) -> Result<(), DbError> {
-        self.read_ahead(scopes, at_ns)?;
+        self.read_totals_at(scopes, at_ns)?;
         for scope in scopes {
             for budget in self.budgets(scope)? {
                 let (key, total) = self.total(&budget, at_ns)?;

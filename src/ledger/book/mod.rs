@@ -3,6 +3,7 @@
 //! Totals of windows are kept in memory while the book is open, so that a batch of many requests
 //! writes each of them once.
 
+mod ahead;
 mod budgets;
 mod listing;
 mod move_money;
@@ -26,10 +27,11 @@ pub use setup::{KeySpec, KnownKey, PriceSpec, Role, key_hash};
 pub use verify::Problem;
 
 use super::{
-    db::{Db, DbError, Row, Val},
+    db::{Db, DbError, Question, Row, Val},
     rows::{Event, EventKind},
     schema::COUNTERS,
 };
+use ahead::Ahead;
 use budgets::{Total, TotalKey};
 
 /// An open transaction.
@@ -42,6 +44,7 @@ pub struct Book<'a> {
     written: bool,
     budgets: HashMap<String, Vec<Budget>>,
     totals: BTreeMap<TotalKey, Total>,
+    ahead: Ahead,
     events: Vec<Event>,
 }
 
@@ -100,6 +103,7 @@ impl<'a> Book<'a> {
             counters,
             budgets: HashMap::new(),
             totals: BTreeMap::new(),
+            ahead: Ahead::default(),
             events: Vec::new(),
         })
     }
@@ -161,12 +165,11 @@ impl<'a> Book<'a> {
         Ok(self.db.query(sql, values)?.into_iter().next())
     }
 
-    fn query_each(
-        &mut self,
-        sql: &'static str,
-        values: &[Vec<Val>],
-    ) -> Result<Vec<Vec<Row>>, DbError> {
-        self.db.query_each(sql, values)
+    fn query_each(&mut self, questions: &[Question]) -> Result<Vec<Vec<Row>>, DbError> {
+        if questions.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.db.query_each(questions)
     }
 
     /// As `execute`, where the number of rows does not matter; see [`Db::write`].

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     ledger::{
-        db::DbError,
+        db::{DbError, Question, Row},
         rows::{Chain, Opened, Opening, Payer, Policy, Refusal},
     },
     price::{Rates, Tally, Terms},
@@ -17,6 +17,7 @@ use crate::{
 const HOLD_NANO_MAX: i64 = 1_000_000_000_000_000;
 
 /// What a key or tenant row says.
+#[derive(Clone)]
 pub(super) struct Account {
     pub chain: Chain,
     pub policy: Policy,
@@ -73,12 +74,21 @@ impl Book<'_> {
     }
 
     pub(super) fn account_of_key(&mut self, key: &KeyId) -> Result<Option<Account>, DbError> {
-        let row = self.one(
-            "SELECT tenant.org_id, tenant.id, tenant.settings, api_key.settings, expires_ns, revoked_ns
-            FROM api_key JOIN tenant ON tenant.id = api_key.tenant_id WHERE api_key.id = $1",
-            &[key.as_str().into()],
-        )?;
-        let Some(row) = row else { return Ok(None) };
+        if let Some(known) = self.ahead.accounts.get(key) {
+            return Ok(known.clone());
+        }
+        let (sql, values) = key_of(key);
+        let rows = self.query(sql, &values)?;
+        self.read_account(key, &rows)
+    }
+
+    /// The answer to [`key_of`].
+    pub(super) fn read_account(
+        &self,
+        key: &KeyId,
+        rows: &[Row],
+    ) -> Result<Option<Account>, DbError> {
+        let Some(row) = rows.first() else { return Ok(None) };
         // A revocation may lie ahead, while a rotated key overlaps with its successor.
         let ends_ns = row.int_or_null(4)?.into_iter().chain(row.int_or_null(5)?).min();
         if ends_ns.is_some_and(|ends_ns| ends_ns <= self.now_ns) {
@@ -136,23 +146,20 @@ impl Book<'_> {
 
     /// The price in force now: the tenant's own before the general one, the newest first.
     pub fn terms(&mut self, tenant: &TenantId, model: &ModelId) -> Result<Option<Terms>, DbError> {
-        let row = self.one(
-            "SELECT version, input, cached_input, output, request, device_second, billing
+        if let Some(known) = self.ahead.terms.get(&(tenant.clone(), model.clone())) {
+            return Ok(*known);
+        }
+        let (sql, values) = self.terms_of(tenant, model);
+        read_terms(&self.query(sql, &values)?)
+    }
+
+    /// What is asked to know a price.
+    pub(super) fn terms_of(&self, tenant: &TenantId, model: &ModelId) -> Question {
+        let sql = "SELECT version, input, cached_input, output, request, device_second, billing
             FROM price WHERE model = $1 AND tenant_id IN ($2, '') AND from_ns <= $3
             AND (until_ns IS NULL OR until_ns > $3)
-            ORDER BY tenant_id DESC, from_ns DESC, version DESC LIMIT 1",
-            &[model.as_str().into(), tenant.as_str().into(), self.now_ns.into()],
-        )?;
-        let Some(row) = row else { return Ok(None) };
-        let amount = |index| row.int(index).map(|value| NanoUsd(value.into()));
-        let rates = Rates {
-            input: amount(1)?,
-            cached_input: amount(2)?,
-            output: amount(3)?,
-            request: amount(4)?,
-            device_second: amount(5)?,
-        };
-        Ok(Some(Terms { version: row.int(0)?, rates, billing: billing(row.text(6)?)? }))
+            ORDER BY tenant_id DESC, from_ns DESC, version DESC LIMIT 1";
+        (sql, vec![model.as_str().into(), tenant.as_str().into(), self.now_ns.into()])
     }
 
     fn insert_request(
@@ -203,6 +210,28 @@ impl Book<'_> {
         }
         Ok(())
     }
+}
+
+/// What is asked to know a key.
+pub(super) fn key_of(key: &KeyId) -> Question {
+    let sql = "SELECT tenant.org_id, tenant.id, tenant.settings, api_key.settings, expires_ns,
+        revoked_ns FROM api_key JOIN tenant ON tenant.id = api_key.tenant_id
+        WHERE api_key.id = $1";
+    (sql, vec![key.as_str().into()])
+}
+
+/// The answer to [`Book::terms_of`].
+pub(super) fn read_terms(rows: &[Row]) -> Result<Option<Terms>, DbError> {
+    let Some(row) = rows.first() else { return Ok(None) };
+    let amount = |index| row.int(index).map(|value| NanoUsd(value.into()));
+    let rates = Rates {
+        input: amount(1)?,
+        cached_input: amount(2)?,
+        output: amount(3)?,
+        request: amount(4)?,
+        device_second: amount(5)?,
+    };
+    Ok(Some(Terms { version: row.int(0)?, rates, billing: billing(row.text(6)?)? }))
 }
 
 /// The whole input, all of it uncached, and one token of each sequence.

@@ -5,7 +5,7 @@
 
 use super::Book;
 use crate::ledger::{
-    db::{DbError, Row},
+    db::{DbError, Question, Row},
     rows::Refusal,
 };
 
@@ -19,7 +19,8 @@ pub struct RateLimit {
     pub sequences_max: Option<i64>,
 }
 
-struct State {
+#[derive(Clone)]
+pub(super) struct State {
     limit: RateLimit,
     requests_free_ns: i64,
     tokens_free_ns: i64,
@@ -29,15 +30,34 @@ struct State {
 impl Book<'_> {
     /// What is limited among `scopes`, with how far it is used.
     fn rates<'a>(&mut self, scopes: &'a [String]) -> Result<Vec<(&'a String, State)>, DbError> {
-        let values: Vec<_> = scopes.iter().map(|scope| vec![scope.as_str().into()]).collect();
-        let sql = "SELECT requests_per_minute, tokens_per_minute, sequences_max, requests_free_ns,
-            tokens_free_ns, sequences FROM rate_limit WHERE scope = $1";
-        let found = self.query_each(sql, &values)?;
-        let of_scope = scopes.iter().zip(&found);
-        of_scope.filter_map(|(scope, rows)| Some((scope, rows.first()?))).map(state).collect()
+        let known = |scope: &String| self.ahead.rates.get(scope).cloned();
+        let states = match scopes.iter().map(known).collect() {
+            Some(known) => known,
+            None => {
+                let found = self.query_each(&rates_of(scopes))?;
+                found.iter().map(|rows| state(rows)).collect::<Result<Vec<_>, _>>()?
+            }
+        };
+        let of_scope = scopes.iter().zip(states);
+        Ok(of_scope.filter_map(|(scope, state)| Some((scope, state?))).collect())
+    }
+
+    /// The answers to [`rates_of`].
+    pub(super) fn keep_rates(
+        &mut self,
+        scopes: Vec<String>,
+        found: &[Vec<Row>],
+    ) -> Result<(), DbError> {
+        for (scope, rows) in scopes.into_iter().zip(found) {
+            self.ahead.rates.insert(scope, state(rows)?);
+        }
+        Ok(())
     }
 
     fn write_rate(&mut self, scope: &str, state: &State) -> Result<(), DbError> {
+        if let Some(known) = self.ahead.rates.get_mut(scope) {
+            *known = Some(state.clone());
+        }
         self.write(
             "UPDATE rate_limit SET requests_free_ns = $1, tokens_free_ns = $2, sequences = $3
             WHERE scope = $4",
@@ -104,6 +124,7 @@ impl Book<'_> {
 
     /// Changes the limits of a scope; what runs is counted from the start.
     pub fn set_rate_limit(&mut self, scope: &str, limit: &RateLimit) -> Result<(), DbError> {
+        self.ahead.rates.remove(scope);
         let sequences = self.open_sequences(scope)?;
         self.write(
             "INSERT INTO rate_limit (scope, requests_per_minute, tokens_per_minute, sequences_max,
@@ -124,18 +145,28 @@ impl Book<'_> {
 
     /// Whether there was one.
     pub fn delete_rate_limit(&mut self, scope: &str) -> Result<bool, DbError> {
+        self.ahead.rates.remove(scope);
         Ok(self.execute("DELETE FROM rate_limit WHERE scope = $1", &[scope.into()])? > 0)
     }
 }
 
-fn state<'a>((scope, row): (&'a String, &Row)) -> Result<(&'a String, State), DbError> {
+/// What is asked to know what is limited among `scopes`.
+pub(super) fn rates_of(scopes: &[String]) -> Vec<Question> {
+    let sql = "SELECT requests_per_minute, tokens_per_minute, sequences_max, requests_free_ns,
+        tokens_free_ns, sequences FROM rate_limit WHERE scope = $1";
+    scopes.iter().map(|scope| (sql, vec![scope.as_str().into()])).collect()
+}
+
+/// `None` where there is no limit.
+fn state(rows: &[Row]) -> Result<Option<State>, DbError> {
+    let Some(row) = rows.first() else { return Ok(None) };
     let limit = RateLimit {
         requests_per_minute: row.int_or_null(0)?,
         tokens_per_minute: row.int_or_null(1)?,
         sequences_max: row.int_or_null(2)?,
     };
     let (requests_free_ns, tokens_free_ns) = (row.int(3)?, row.int(4)?);
-    Ok((scope, State { limit, requests_free_ns, tokens_free_ns, sequences: row.int(5)? }))
+    Ok(Some(State { limit, requests_free_ns, tokens_free_ns, sequences: row.int(5)? }))
 }
 
 impl State {

@@ -3,7 +3,7 @@
 use super::{Book, nano};
 use crate::{
     ledger::{
-        db::{DbError, Row},
+        db::{DbError, Question, Row},
         rows::{Bill, Chain, EndCause, GLOBAL},
     },
     price::{Billing, Rates, Tally, Terms},
@@ -18,7 +18,24 @@ pub(super) struct OpenRequest {
     pub granted: i64,
     pub posted: i64,
     pub used: Tally,
+    /// Leases so far.
     pub leases: i64,
+    /// Those of which something is left, oldest first.
+    pub open: Vec<LeaseRow>,
+}
+
+impl OpenRequest {
+    /// What it is charged, were it to end now.
+    pub fn bill(&self) -> Bill {
+        let (rates, used) = (&self.terms.rates, &self.used);
+        Bill {
+            cost: NanoUsd(self.posted.into()),
+            token_cost: rates.token_cost(used),
+            device_cost: rates.device_cost(used.device_ns),
+            price_version: self.terms.version,
+            used: *used,
+        }
+    }
 }
 
 /// A part of a hold, and the window it belongs to.
@@ -50,16 +67,12 @@ macro_rules! by_scope {
 impl Book<'_> {
     /// `None` where it is not open (any more).
     pub(super) fn open_request(&mut self, id: &RequestId) -> Result<Option<OpenRequest>, DbError> {
-        let row = self.one(
-            "SELECT request.org_id, request.tenant_id, request.key_id, choices, granted, posted,
-            uncached_input, request.cached_input, request.output, device_ns, billable_device_ns,
-            leases, price_version, price.input, price.cached_input, price.output, price.request, price.device_second,
-            price.billing
-            FROM request JOIN price ON price.version = request.price_version
-            WHERE request.id = $1 AND request.state = 'open'",
-            &[id.as_str().into()],
-        );
-        row?.map(|row| read_request(&row)).transpose()
+        // As it was before anything was done with it, so it serves once.
+        if let Some(known) = self.ahead.requests.remove(id) {
+            return Ok(known);
+        }
+        let found = self.query_each(&request_of(id))?;
+        read_open(&found)
     }
 
     pub(super) fn write_progress(
@@ -111,24 +124,6 @@ impl Book<'_> {
         )?;
         self.write("DELETE FROM lease WHERE request_id = $1", &[id.as_str().into()])?;
         Ok(())
-    }
-
-    /// Oldest first.
-    pub(super) fn leases(&mut self, id: &RequestId) -> Result<Vec<LeaseRow>, DbError> {
-        let rows = self.query(
-            "SELECT number, granted_ns, amount, posted FROM lease WHERE request_id = $1
-            ORDER BY number",
-            &[id.as_str().into()],
-        )?;
-        let lease = |row: &Row| {
-            Ok(LeaseRow {
-                number: row.int(0)?,
-                granted_ns: row.int(1)?,
-                amount: row.int(2)?,
-                posted: row.int(3)?,
-            })
-        };
-        rows.iter().map(lease).collect()
     }
 
     pub(super) fn write_lease(&mut self, id: &RequestId, lease: &LeaseRow) -> Result<(), DbError> {
@@ -202,7 +197,36 @@ impl Book<'_> {
     }
 }
 
-/// The columns in the order of [`Book::open_request`].
+/// What is asked to know an open request.
+pub(super) fn request_of(id: &RequestId) -> [Question; 2] {
+    let request = "SELECT request.org_id, request.tenant_id, request.key_id, choices, granted,
+        posted, uncached_input, request.cached_input, request.output, device_ns,
+        billable_device_ns, leases, price_version, price.input, price.cached_input, price.output,
+        price.request, price.device_second, price.billing
+        FROM request JOIN price ON price.version = request.price_version
+        WHERE request.id = $1 AND request.state = 'open'";
+    let leases = "SELECT number, granted_ns, amount, posted FROM lease WHERE request_id = $1
+        ORDER BY number";
+    [(request, vec![id.as_str().into()]), (leases, vec![id.as_str().into()])]
+}
+
+/// The answers to [`request_of`].
+pub(super) fn read_open(found: &[Vec<Row>]) -> Result<Option<OpenRequest>, DbError> {
+    let [requests, leases] = found else { return Ok(None) };
+    let Some(row) = requests.first() else { return Ok(None) };
+    let lease = |row: &Row| {
+        Ok(LeaseRow {
+            number: row.int(0)?,
+            granted_ns: row.int(1)?,
+            amount: row.int(2)?,
+            posted: row.int(3)?,
+        })
+    };
+    let open = leases.iter().map(lease).collect::<Result<_, DbError>>()?;
+    Ok(Some(OpenRequest { open, ..read_request(row)? }))
+}
+
+/// The columns in the order of [`request_of`], without its leases.
 pub(super) fn read_request(row: &Row) -> Result<OpenRequest, DbError> {
     let rates = Rates {
         input: NanoUsd(row.int(13)?.into()),
@@ -218,6 +242,7 @@ pub(super) fn read_request(row: &Row) -> Result<OpenRequest, DbError> {
         posted: row.int(5)?,
         used: tally(row, 6)?,
         leases: row.int(11)?,
+        open: Vec::new(),
         terms: Terms { version: row.int(12)?, rates, billing: billing(row.text(18)?)? },
     })
 }

@@ -52,33 +52,32 @@ impl Book<'_> {
         let headroom = self.headroom(&scopes)?;
         let Some(amount) = self.share(&headroom, least, wanted, nano(request.terms.token_unit()))
         else {
-            return self.deny(id, &scopes, least.max(1), &headroom).map(Some);
+            return self.deny(request, &scopes, least.max(1), &headroom).map(Some);
         };
         self.count(&scopes, self.now_ns, 0, amount)?;
         request.granted += amount;
-        let last = self.leases(id)?.pop();
-        let lease = match last {
-            Some(last) if last.granted_ns / SLOT_NS == self.now_ns / SLOT_NS => {
-                LeaseRow { amount: last.amount + amount, ..last }
-            }
-            _ => {
+        let slot = self.now_ns / SLOT_NS;
+        let lease = match request.open.pop_if(|last| last.granted_ns / SLOT_NS == slot) {
+            Some(last) => LeaseRow { amount: last.amount + amount, ..last },
+            None => {
                 request.leases += 1;
                 LeaseRow { number: request.leases, granted_ns: self.now_ns, amount, posted: 0 }
             }
         };
         self.write_lease(id, &lease)?;
+        request.open.push(lease);
         Ok(None)
     }
 
     fn deny(
         &mut self,
-        id: &RequestId,
+        request: &OpenRequest,
         scopes: &[String],
         least: i64,
         headroom: &Headroom,
     ) -> Result<Denial, DbError> {
         let mut own = 0;
-        for lease in self.leases(id)? {
+        for lease in &request.open {
             own += if headroom.counts(lease.granted_ns) { lease.left() } else { 0 };
         }
         for budget in self.exhausted(scopes, least)? {
@@ -103,9 +102,10 @@ impl Book<'_> {
         }
         let owed = nano(request.terms.charge(used)).min(request.granted);
         let mut left = (owed - request.posted).max(0);
-        for mut lease in self.leases(id)? {
+        for mut lease in std::mem::take(&mut request.open) {
             let amount = left.min(lease.left());
             if amount <= 0 {
+                request.open.push(lease);
                 continue;
             }
             left -= amount;
@@ -126,6 +126,7 @@ impl Book<'_> {
                 self.delete_lease(id, lease.number)?;
             } else {
                 self.write_lease(id, &lease)?;
+                request.open.push(lease);
             }
         }
         request.used = *used;
@@ -143,11 +144,11 @@ impl Book<'_> {
     ) -> Result<Option<Bill>, DbError> {
         let Some(mut request) = self.open_request(id)? else { return Ok(None) };
         self.post(id, &mut request, used)?;
-        self.void(id, &request)?;
+        self.void(&request)?;
         self.write_off(id, &request)?;
         self.write_progress(id, &request)?;
         self.end_request(id, "done", cause, 0, steps)?;
-        self.bill(id)
+        Ok(Some(request.bill()))
     }
 
     /// Notes what the device drew for a request, which is known only some time after its end.
@@ -161,7 +162,7 @@ impl Book<'_> {
     /// Voids a request whose admission was never told to anyone, so that nothing of it was delivered.
     pub fn forget(&mut self, id: &RequestId) -> Result<(), DbError> {
         let Some(request) = self.open_request(id)? else { return Ok(()) };
-        self.void(id, &request)?;
+        self.void(&request)?;
         self.end_request(id, "done", EndCause::LedgerLost, 0, 0)
     }
 
@@ -186,10 +187,10 @@ impl Book<'_> {
     }
 
     /// Gives back what is held. Returns how much that was.
-    fn void(&mut self, id: &RequestId, request: &OpenRequest) -> Result<i64, DbError> {
+    fn void(&mut self, request: &OpenRequest) -> Result<i64, DbError> {
         let scopes = request.chain.scopes();
         let mut given_back = 0;
-        for lease in self.leases(id)? {
+        for lease in &request.open {
             given_back += lease.left();
             self.count(&scopes, lease.granted_ns, 0, -lease.left())?;
         }
@@ -209,7 +210,7 @@ impl Book<'_> {
         let mut unrecorded = 0;
         for id in &ids {
             let Some(request) = self.open_request(id)? else { continue };
-            let given_back = self.void(id, &request)?;
+            let given_back = self.void(&request)?;
             unrecorded += given_back;
             self.end_request(id, "crashed", EndCause::Crashed, given_back, 0)?;
         }

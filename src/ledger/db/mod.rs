@@ -19,6 +19,9 @@ pub enum Val {
     Blob(Vec<u8>),
 }
 
+/// A statement that reads, and its parameters.
+pub type Question = (&'static str, Vec<Val>);
+
 /// A row, read by position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row(pub Vec<Val>);
@@ -59,13 +62,9 @@ pub trait Db: Send {
     /// and made anew at the next `begin`.
     fn rollback(&mut self);
     fn query(&mut self, sql: &'static str, values: &[Val]) -> Result<Vec<Row>, DbError>;
-    /// The rows of one statement for each set of parameters, asked for all at once.
-    fn query_each(
-        &mut self,
-        sql: &'static str,
-        values: &[Vec<Val>],
-    ) -> Result<Vec<Vec<Row>>, DbError> {
-        values.iter().map(|values| self.query(sql, values)).collect()
+    /// The rows of each question, asked for all at once.
+    fn query_each(&mut self, questions: &[Question]) -> Result<Vec<Vec<Row>>, DbError> {
+        questions.iter().map(|(sql, values)| self.query(sql, values)).collect()
     }
     /// A statement of a transaction of which nobody asks what it changed. It may be sent with what
     /// follows, up to `commit`, and its failure told there.

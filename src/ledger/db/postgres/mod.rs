@@ -21,7 +21,7 @@ use tokio_postgres::{
     types::ToSql,
 };
 
-use super::{Db, DbError, Row, Val};
+use super::{Db, DbError, Question, Row, Val};
 use crate::clock::Clock;
 use error::Failure;
 
@@ -288,20 +288,16 @@ impl Db for Postgres {
     }
 
     fn query(&mut self, sql: &'static str, values: &[Val]) -> Result<Vec<Row>, DbError> {
-        let rows = self.query_each(sql, &[values.to_vec()])?;
+        let rows = self.query_each(&[(sql, values.to_vec())])?;
         Ok(rows.into_iter().next().unwrap_or_default())
     }
 
-    fn query_each(
-        &mut self,
-        sql: &'static str,
-        values: &[Vec<Val>],
-    ) -> Result<Vec<Vec<Row>>, DbError> {
+    fn query_each(&mut self, questions: &[Question]) -> Result<Vec<Vec<Row>>, DbError> {
         let rows = |answer| match answer {
             Answer::Rows(rows) => Some(rows.iter().map(value::row).collect()),
             _ => None,
         };
-        let asks = values.iter().map(|values| Ask::Rows(sql, values.clone()));
+        let asks = questions.iter().map(|(sql, values)| Ask::Rows(sql, values.clone()));
         self.send(asks)?.into_iter().filter_map(rows).collect()
     }
 
