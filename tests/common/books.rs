@@ -146,7 +146,7 @@ pub async fn generate(
     lease.use_input(opening.input_tokens, 0);
     let mut left = output_tokens;
     let cause = loop {
-        lease.renew(Demand { sequences: 1, in_flight: 0, left: u64::MAX });
+        lease.renew(Demand { sequences: 1, in_flight: 0, left });
         if left == 0 {
             break EndCause::Finished;
         }
