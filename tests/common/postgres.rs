@@ -81,6 +81,50 @@ impl Cluster {
         format!("postgres://{user}:{password}@127.0.0.1:{}/{database}", self.port)
     }
 
+    /// The socket of this machine's own, in place of an address.
+    pub fn socket_url(&self, database: &str) -> String {
+        let dir = self.data().display().to_string().replace('/', "%2F");
+        self.url(database).replace("127.0.0.1", &dir)
+    }
+
+    /// Speaks TLS from now on, by a certificate and its key in PEM, with more settings. What is
+    /// connected stays as it is.
+    pub fn encrypt(&self, certificate: &str, key: &str, settings: &str) {
+        self.put("server.crt", certificate);
+        self.put("server.key", key);
+        self.put("postgresql.auto.conf", &format!("ssl = on\n{settings}"));
+        self.reload();
+    }
+
+    /// Replaces the rules of who may connect, and how.
+    pub fn set_rules(&self, rules: &str) {
+        self.put("pg_hba.conf", rules);
+        self.reload();
+    }
+
+    /// A file of the server's own that nobody else reads.
+    fn put(&self, name: &str, text: &str) {
+        let path = self.data().join(name);
+        fs::write(&path, text).expect("writes");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("ours");
+        if let Some((uid, gid)) = self.user {
+            chown(&path, Some(uid), Some(gid)).expect("root");
+        }
+    }
+
+    fn reload(&self) {
+        let log = self.dir.path().join("log");
+        let said = || fs::read_to_string(&log).expect("a log");
+        let before = said().len();
+        signal("HUP", &self.process.as_ref().expect("runs").id().to_string());
+        let start = Instant::now();
+        // It says so first, and takes no connection until it is done.
+        while !said()[before..].contains("SIGHUP") {
+            assert!(start.elapsed() < START_MAX, "no reload: {}", said());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// A new database.
     pub fn database(&self, name: &str) -> String {
         self.admin("postgres", &format!("CREATE DATABASE {name}"));
@@ -134,7 +178,8 @@ impl Cluster {
                 let mut command = self.command("postgres");
                 command.arg("-D").arg(self.data()).args(["-p", &self.port.to_string()]);
                 command.args(["-c", "listen_addresses=127.0.0.1"]);
-                command.args(["-c", "unix_socket_directories="]);
+                let sockets = format!("unix_socket_directories={}", self.data().display());
+                command.args(["-c", &sockets]);
                 self.process = Some(command.stderr(errors).spawn().expect("starts"));
             }
             if Postgres::connect(&self.url("postgres"), Clock::system()).is_ok() {

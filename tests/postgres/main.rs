@@ -1,5 +1,6 @@
 //! The ledger on PostgreSQL: what it means is what it means on SQLite, and several servers share it.
 
+mod certificates;
 #[path = "../common/mod.rs"]
 mod common;
 mod connection;
@@ -7,3 +8,4 @@ mod crash;
 mod replicas;
 mod semantics;
 mod servers;
+mod tls;

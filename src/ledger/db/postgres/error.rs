@@ -4,7 +4,7 @@ use std::error::Error as _;
 
 use tokio_postgres::{Error, error::DbError as Told};
 
-use super::{CALL_MAX, DbError};
+use super::{CALL_MAX, DbError, tls};
 
 /// An error, and whether the connection is of no use any more.
 pub(super) struct Failure {
@@ -29,10 +29,7 @@ impl Failure {
             None if is_value(error) => {
                 Self { error: DbError::Rejected(chain(error)), lost: closed }
             }
-            None if is_setting(error) => {
-                Self { error: DbError::Unusable(chain(error)), lost: true }
-            }
-            None => Self { error: DbError::Unavailable(chain(error)), lost: true },
+            None => Self { error: unanswered(error), lost: true },
         }
     }
 
@@ -79,6 +76,14 @@ fn meaning(told: &Told) -> (DbError, bool) {
     }
 }
 
+/// The kind of an error that is not the server's.
+fn unanswered(error: &Error) -> DbError {
+    tls::meaning(error).unwrap_or_else(|| match is_setting(error) {
+        true => DbError::Unusable(chain(error)),
+        false => DbError::Unavailable(chain(error)),
+    })
+}
+
 /// `tokio_postgres` keeps the kind of its errors to itself; what they print is documented by it.
 fn is_value(error: &Error) -> bool {
     error.to_string().starts_with("error serializing parameter")
@@ -86,9 +91,7 @@ fn is_value(error: &Error) -> bool {
 
 fn is_setting(error: &Error) -> bool {
     let text = error.to_string();
-    ["invalid configuration", "authentication error", "error performing TLS handshake"]
-        .iter()
-        .any(|start| text.starts_with(start))
+    ["invalid configuration", "authentication error"].iter().any(|start| text.starts_with(start))
 }
 
 /// An error with its causes.

@@ -5,6 +5,8 @@
 //! next needed, with a back-off. No call waits longer than a limit, also where the server hangs.
 
 mod error;
+mod tls;
+mod url;
 mod value;
 
 use std::{collections::HashMap, future::poll_fn, pin::Pin, task::Poll, time::Duration};
@@ -16,20 +18,14 @@ use tokio::{
     time::timeout,
 };
 use tokio_postgres::{
-    Client, Config, Error, NoTls, SimpleQueryMessage, Statement,
-    config::{Host, TargetSessionAttrs},
-    types::ToSql,
+    Client, Config, Error, SimpleQueryMessage, Statement, config::SslMode, types::ToSql,
 };
 
 use super::{Db, DbError, Question, Row, Val};
 use crate::clock::Clock;
 use error::Failure;
+use tls::Tls;
 
-const APPLICATION: &str = "candela";
-/// How long a connection to one address may take to be made.
-const CONNECT_MAX: Duration = Duration::from_secs(3);
-/// How long sent data may stay without an acknowledgement.
-const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(5);
 /// How long any call may take. Longer than the server's own limits below, which leave the
 /// connection in use.
 const CALL_MAX: Duration = Duration::from_secs(10);
@@ -61,6 +57,7 @@ const BACK_OFF_MAX: Duration = Duration::from_secs(2);
 /// it must be used outside of async code: on a thread of its own, or one that may block.
 pub struct Postgres {
     config: Config,
+    tls: Tls,
     /// Host, port and database, for messages.
     target: String,
     clock: Clock,
@@ -106,18 +103,20 @@ struct BackOff {
 }
 
 impl Postgres {
-    /// Connects. `url` is a `postgres://` URL; see [`parse`].
+    /// Connects. `url` is a `postgres://` URL, with `sslmode` and `sslrootcert` as
+    /// libpq has them.
     ///
     /// # Errors
     /// `Unusable` where the URL, the user or the database is wrong, `Unavailable` where the server
     /// cannot be reached.
     pub fn connect(url: &str, clock: Clock) -> Result<Self, DbError> {
-        let config = parse(url).map_err(DbError::Unusable)?;
+        let (config, tls) = url::parse(url).map_err(DbError::Unusable)?;
         let runtime = Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| DbError::Unavailable(error.to_string()))?;
         let mut made = Self {
-            target: target(&config),
+            target: url::target(&config),
             config,
+            tls,
             clock,
             runtime: Own(Some(runtime)),
             session: None,
@@ -137,7 +136,8 @@ impl Postgres {
             return Err(DbError::Unavailable(self.back_off.last.clone()));
         }
         let made = self.runtime.wait(async {
-            timeout(CALL_MAX, connect(&self.config)).await.unwrap_or_else(|_| Err(Failure::late()))
+            let made = timeout(CALL_MAX, connect(&self.config, &self.tls)).await;
+            made.unwrap_or_else(|_| Err(Failure::late()))
         });
         match made {
             Ok(session) => {
@@ -382,60 +382,32 @@ impl Session {
     }
 }
 
-/// What a URL has to look like.
-const SHAPE: &str = "no PostgreSQL URL: write postgres://user:password@host:5432/database, with %40 \
-     for an @ in a password and so on";
-
-/// Reads a URL and adds what the ledger relies on.
-///
-/// # Errors
-/// Says what it should look like, without any part of it.
-pub fn parse(url: &str) -> Result<Config, String> {
-    // The parser's own message may quote a part of a password that was not escaped.
-    let config: Option<Config> = url.parse().ok();
-    let named = |config: &Config| {
-        let mut hosts = config.get_hosts().iter();
-        let whole = |host: &Host| !matches!(host, Host::Tcp(name) if name.contains('@'));
-        !config.get_hosts().is_empty() && hosts.all(whole)
+/// Makes a connection, under `sslmode=prefer` without encryption where there is no other way.
+async fn connect(config: &Config, tls: &Tls) -> Result<Session, Failure> {
+    let refused = match session(config, tls).await {
+        Err(error) if tls.may_do_without(&error) => error,
+        done => return done.map_err(|error| Failure::of(&error, true)),
     };
-    let mut config = config.filter(named).ok_or(SHAPE)?;
-    if config.get_application_name().is_none() {
-        config.application_name(APPLICATION);
-    }
-    if config.get_connect_timeout().is_none() {
-        config.connect_timeout(CONNECT_MAX);
-    }
-    if config.get_tcp_user_timeout().is_none() {
-        config.tcp_user_timeout(UNACKNOWLEDGED_MAX);
-    }
-    // Of several hosts the one that can be written to.
-    config.target_session_attrs(TargetSessionAttrs::ReadWrite);
-    Ok(config)
+    let mut plain = config.clone();
+    plain.ssl_mode(SslMode::Disable);
+    // Where that fails as well, the first reason is the one to do something about.
+    let made = session(&plain, tls).await.map_err(|_| Failure::of(&refused, true))?;
+    tracing::warn!(
+        reason = error::chain(&refused),
+        "the connection to PostgreSQL is not encrypted; sslmode=require would refuse it"
+    );
+    Ok(made)
 }
 
-/// For messages: without user and password.
-fn target(config: &Config) -> String {
-    let ports = config.get_ports();
-    let port = |index: usize| ports.get(index).or(ports.first()).copied().unwrap_or(5432);
-    let hosts = config.get_hosts().iter().enumerate().map(|(index, host)| match host {
-        Host::Tcp(name) => format!("{name}:{}", port(index)),
-        Host::Unix(path) => format!("{}:{}", path.display(), port(index)),
-    });
-    let database = config.get_dbname().or(config.get_user()).unwrap_or_default();
-    format!("{}/{database}", hosts.collect::<Vec<_>>().join(","))
-}
-
-async fn connect(config: &Config) -> Result<Session, Failure> {
-    let (client, connection) =
-        config.connect(NoTls).await.map_err(|error| Failure::of(&error, true))?;
+async fn session(config: &Config, tls: &Tls) -> Result<Session, Error> {
+    let (client, connection) = config.connect(tls.connector()).await?;
     let driver = tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(error = error::chain(&error), "connection to PostgreSQL ended");
         }
     });
     let session = Session { client, statements: HashMap::new(), driver };
-    let set = session.client.batch_execute(SESSION).await;
-    set.map_err(|error| Failure::of(&error, true))?;
+    session.client.batch_execute(SESSION).await?;
     Ok(session)
 }
 
