@@ -70,8 +70,9 @@ settings! {
     /// Where the ledger is kept, in a SQLite file [default: ~/.local/share/candela]
     #[arg(long, env = "CANDELA_DATA_DIR", value_name = "DIR", help_heading = "Money")]
     data_dir: PathBuf,
-    /// PostgreSQL instead, for several servers on one budget: postgres://user:password@host/database
-    /// (better given in the environment: other users can see flags)
+    /// PostgreSQL instead, for several servers on one budget: postgres://user:password@host/database,
+    /// over TLS with ?sslmode=verify-full&sslrootcert=FILE (better given in the environment: other
+    /// users can see flags)
     #[arg(long, env = "CANDELA_LEDGER", hide_env_values = true, value_name = "URL", help_heading = "Money")]
     ledger: Secret,
     /// Output tokens of a sequence that may be delivered before they are on record: what a crash may

@@ -5,6 +5,7 @@ mod certificates;
 mod common;
 mod connection;
 mod crash;
+mod impostors;
 mod replicas;
 mod semantics;
 mod servers;

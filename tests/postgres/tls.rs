@@ -3,8 +3,7 @@
 
 use std::{
     fs,
-    io::{self, Read, Write},
-    net::TcpListener,
+    io::{self, Write},
     path::Path,
     process::Command,
     sync::{Arc, Mutex},
@@ -18,13 +17,6 @@ use candela::{
     },
 };
 use rcgen::{PKCS_ECDSA_P384_SHA384, PKCS_ED25519, PKCS_RSA_SHA256, PKCS_RSA_SHA512};
-use rustls::{
-    ServerConfig, ServerConnection,
-    crypto::aws_lc_rs,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::{ClientHello, ResolvesServerCert},
-    sign::CertifiedKey,
-};
 
 use crate::{
     certificates::{Authority, Identity},
@@ -33,7 +25,7 @@ use crate::{
 
 /// What becomes of a connection.
 #[derive(Clone, Copy, Debug)]
-enum Is {
+pub enum Is {
     Encrypted,
     Plain,
     /// It is not made, for a reason that says this.
@@ -48,7 +40,8 @@ const WRONG_NAME: Is = Refused("name the server in --ledger as its certificate d
 const NO_FILE: Is = Refused("need sslrootcert=FILE");
 const NO_MODE: Is = Refused("none of disable, prefer, require, verify-ca or verify-full");
 const RULES: Is = Refused("pg_hba.conf");
-const NAMES: [&str; 2] = ["localhost", "127.0.0.1"];
+/// What a right certificate is for.
+pub const NAMES: [&str; 2] = ["localhost", "127.0.0.1"];
 
 /// A server, and a directory with the files that URLs name.
 struct World {
@@ -74,7 +67,7 @@ impl World {
         complete(&self.cluster.url("postgres"), parameters, self.files.path())
     }
 
-    /// Connects by each of `cases` and looks at what came of it, as the server sees it.
+    /// [`check`] with each of these parameters.
     fn check(&self, cases: &[(&str, Is)]) {
         for (parameters, expected) in cases {
             check(&self.url(parameters), *expected);
@@ -86,7 +79,8 @@ fn complete(url: &str, parameters: &str, files: &Path) -> String {
     format!("{url}?{}", parameters.replace('~', &files.display().to_string()))
 }
 
-fn check(url: &str, expected: Is) {
+/// Connects, and looks at what came of it as the server sees it.
+pub fn check(url: &str, expected: Is) {
     let made = Postgres::connect(url, Clock::system());
     match (made, expected) {
         (Ok(mut db), Encrypted | Plain) => {
@@ -325,68 +319,6 @@ impl Write for Log {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// Shows one certificate whoever asks, with a key that need not be its own.
-#[derive(Debug)]
-struct Shown(Arc<CertifiedKey>);
-
-impl ResolvesServerCert for Shown {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.0.clone())
-    }
-}
-
-/// The port of something that says it speaks TLS, once, and then does `then`.
-fn impostor(then: impl FnOnce(std::net::TcpStream) + Send + 'static) -> u16 {
-    let socket = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let port = socket.local_addr().expect("an address").port();
-    std::thread::spawn(move || {
-        let (mut stream, _) = socket.accept().expect("a client");
-        let mut asked = [0; 8];
-        stream.read_exact(&mut asked).expect("asks for TLS");
-        stream.write_all(b"S").expect("answers");
-        then(stream);
-    });
-    port
-}
-
-/// Channel binding ties a password to a certificate, so its owner alone may show it.
-#[test]
-fn who_shows_the_certificate_of_another_is_refused() {
-    let right = Authority::new("right");
-    let (server, thief) = (right.server(&NAMES), right.server(&NAMES));
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let certificate = CertificateDer::from_pem_slice(server.certificate.as_bytes()).expect("PEM");
-    let key = PrivateKeyDer::from_pem_slice(thief.key.as_bytes()).expect("PEM");
-    let key = provider.key_provider.load_private_key(key).expect("a key");
-    let shown = Shown(Arc::new(CertifiedKey::new(vec![certificate], key)));
-    for versions in [&[&rustls::version::TLS13], &[&rustls::version::TLS12]] {
-        let config = ServerConfig::builder_with_provider(provider.clone());
-        let config = config.with_protocol_versions(versions).expect("versions");
-        let config = config.with_no_client_auth();
-        let config = config.with_cert_resolver(Arc::new(Shown(shown.0.clone())));
-        let mut session = ServerConnection::new(Arc::new(config)).expect("a session");
-        let port =
-            impostor(
-                move |mut stream| {
-                    while session.is_handshaking() && session.complete_io(&mut stream).is_ok() {}
-                },
-            );
-        let url = format!("postgres://u:pass-hidden@127.0.0.1:{port}/db?sslmode=require");
-        check(&url, Refused("no other server answers at this address"));
-    }
-}
-
-#[test]
-fn a_connection_that_is_lost_in_the_handshake_may_be_tried_again() {
-    for mode in ["require", "prefer"] {
-        let port = impostor(drop);
-        let url = format!("postgres://u:pass-hidden@127.0.0.1:{port}/db?sslmode={mode}");
-        let Err(error) = Postgres::connect(&url, Clock::system()) else { panic!("connects") };
-        assert!(matches!(error, DbError::Unavailable(_)), "{mode}: {error:?}");
-        assert!(!error.to_string().contains("-hidden"), "{error}");
     }
 }
 

@@ -1,11 +1,6 @@
 //! The URL of a database: what it has to look like, and what the ledger adds to it.
 
-use std::{
-    ffi::OsString,
-    os::unix::ffi::OsStringExt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf, time::Duration};
 
 use percent_encoding::percent_decode_str;
 use tokio_postgres::{
@@ -68,7 +63,7 @@ pub(super) fn parse(url: &str) -> Result<(Config, Tls), String> {
         // As libpq: a socket of this machine's own is not encrypted, whatever is asked.
         mode = Mode::Disable;
     }
-    let tls = Tls::new(mode, taken.authorities.as_deref().map(Path::as_ref))?;
+    let tls = Tls::new(mode, taken.authorities.as_deref())?;
     config.ssl_mode(tls.mode());
     Ok((config, tls))
 }
