@@ -73,12 +73,12 @@ inline bf16 from_float<bf16>(float x) {
 template <>
 inline f16 from_float<f16>(float x) {
   if (x != x) return {0x7fff};
-  uint16_t sign = x < 0 || (x == 0 && signbit(x)) ? 0x8000 : 0;
+  uint16_t sign = x < 0 || (x == 0 && std::signbit(x)) ? 0x8000 : 0;
   float size = fminf(fabsf(x), 65504.0f);
   int exponent = 0;
   frexpf(size, &exponent);
   // Spacing of f16 around it; nearbyint rounds ties to even.
-  int unit = exponent < -13 ? -24 : exponent - 11;
+  int unit = size == 0 || exponent < -13 ? -24 : exponent - 11;
   uint32_t count = static_cast<uint32_t>(nearbyintf(ldexpf(size, -unit)));
   uint32_t bits = unit == -24 ? count : count + (uint32_t(unit + 24) << 10);
   return {static_cast<uint16_t>(sign | (bits > 0x7bff ? 0x7bff : bits))};
@@ -181,24 +181,18 @@ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 inline void cp_async_16(void* to, const void* from, bool wanted) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulate::fail("cp.async to %p", to);
   if (wanted && reinterpret_cast<uintptr_t>(from) % 16 != 0) emulate::fail("cp.async from %p", from);
-  // Read now, so that an address out of range shows where it was made.
-  if (wanted) {
-    volatile unsigned char ends[2] = {static_cast<const unsigned char*>(from)[0],
-                                      static_cast<const unsigned char*>(from)[15]};
-    (void)ends;
+  if (emulate::world.backwards) {
+    emulate::land({{to, wanted ? from : nullptr}});
+    return;
   }
   emulate::world.current->open.push_back({to, wanted ? from : nullptr});
 }
 inline void cp_async_commit() {
   emulate::Fiber& self = *emulate::world.current;
-  if (emulate::world.backwards) {
-    emulate::land(self.open);
-    self.open.clear();
-  }
   self.groups.push_back(std::move(self.open));
   self.open.clear();
 }
-// What is waited for lands no earlier than here in one of the two orders.
+// In one of the two orders a copy lands here and no earlier, in the other one where it is asked for.
 template <int LEFT>
 inline void cp_async_wait() {
   emulate::Fiber& self = *emulate::world.current;
@@ -207,3 +201,7 @@ inline void cp_async_wait() {
     self.groups.erase(self.groups.begin());
   }
 }
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};

@@ -1,0 +1,8 @@
+//! The CUDA kernels of `kernels/`, compiled as C++ and run on the CPU under AddressSanitizer, against
+//! slow references in f64.
+
+mod cache;
+mod emulator;
+mod harness;
+mod rows;
+mod values;
