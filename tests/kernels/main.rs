@@ -4,5 +4,6 @@
 mod cache;
 mod emulator;
 mod harness;
+mod matrix;
 mod rows;
 mod values;
