@@ -64,7 +64,8 @@ impl Emulator {
             std::fs::write(&from, source).expect("written");
             let mut compiler = Command::new("g++");
             compiler.args(FLAGS).arg("-I").arg(kernels()).arg(from).arg("-o").arg(&to);
-            let output = compiler.output().expect("g++, with its sanitizers, which the README asks for");
+            let output =
+                compiler.output().expect("g++, with its sanitizers, which the README asks for");
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             std::fs::rename(to, &built).expect("renamed");
         }
