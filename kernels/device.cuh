@@ -9,7 +9,6 @@
     run(args);                                                         \
   }
 #define SHARED(TYPE, NAME, COUNT) __shared__ TYPE NAME[COUNT]
-#define DYNAMIC_SHARED(NAME) extern __shared__ __align__(16) unsigned char NAME[]
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -42,17 +41,6 @@ __device__ inline f16 from_float<f16>(float x) {
   f16 to;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(in_range_of_f16(x)));
   return to;
-}
-
-// 16 bytes that are read once: they pass the first-level cache by.
-template <typename P>
-__device__ inline P load_once(const void* from) {
-  static_assert(sizeof(P) == 16, "one 16-byte load");
-  uint4 to;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
-               : "l"(from));
-  return *reinterpret_cast<P*>(&to);
 }
 
 // c[16, 8] += a[16, 16] b[16, 8], a by rows, b by columns.
@@ -93,11 +81,6 @@ __device__ inline uint32_t transpose_8x8(uint32_t from) {
   uint32_t to;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(from));
   return to;
-}
-
-// Bytes of `low` and `high`, picked by the nibbles of `selector`.
-__device__ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
-  return __byte_perm(low, high, selector);
 }
 
 // Copies 16 bytes into shared memory in the background, or zeros if not `wanted`.

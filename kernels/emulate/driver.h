@@ -1,16 +1,13 @@
 // main() of an emulated kernel: `driver REQUEST RESPONSE`, files in the machine's byte order.
 //
 // Request: u32 buffers, each u64 bytes and the bytes; u32 launches, each a name (u32 length, bytes),
-// grid and block (3 u32 each), u32 bytes of dynamic shared memory, arguments (u32 length, bytes) and
-// u32 pointers in them, each u32 place in the arguments and u32 buffer. Response: the buffers.
+// grid and block (3 u32 each), arguments (u32 length, bytes) and u32 pointers in them, each u32 place in the arguments and u32 buffer. Response: the buffers.
 #pragma once
 
 #include <string>
 
 namespace emulate {
 
-// What every GPU from capability 8.0 on gives a block.
-constexpr uint32_t DYNAMIC_SHARED_MAX = 99 << 10;
 constexpr uint32_t THREADS_MAX = 1024;
 
 struct Kernel {
@@ -32,7 +29,6 @@ struct Pointer {
 struct Launch {
   std::string name;
   Dim grid, block;
-  uint32_t shared_bytes;
   std::string args;
   std::vector<Pointer> pointers;
 };
@@ -80,7 +76,6 @@ inline const Kernel& find(const Launch& launch) {
     if (threads == 0 || threads > kernel.threads_max || threads > THREADS_MAX) {
       refuse(launch.name + " does not take " + std::to_string(threads) + " threads");
     }
-    if (launch.shared_bytes > DYNAMIC_SHARED_MAX) refuse(launch.name + " has too much shared memory");
     return kernel;
   }
   refuse("there is no " + launch.name);
@@ -99,7 +94,6 @@ inline void run_launch(const Launch& launch, const std::vector<Buffer>& buffers)
   world.args = args.data();
   gridDim = launch.grid;
   blockDim = launch.block;
-  std::string poison(launch.shared_bytes, static_cast<char>(SHARED_POISON));
   uint32_t threads = blockDim.x * blockDim.y * blockDim.z;
   while (world.fibers.size() > threads) {
     free(world.fibers.back().stack);
@@ -115,10 +109,7 @@ inline void run_launch(const Launch& launch, const std::vector<Buffer>& buffers)
     uint64_t at = world.backwards ? blocks - 1 - i : i;
     blockIdx = {uint32_t(at % gridDim.x), uint32_t(at / gridDim.x % gridDim.y),
                 uint32_t(at / gridDim.x / gridDim.y)};
-    Buffer shared(poison);
-    world.dynamic_shared = shared.data;
     run_block();
-    free(shared.data);
   }
 }
 
@@ -127,7 +118,6 @@ inline Launch read_launch(Reader& in) {
   launch.name = in.bytes(in.value<uint32_t>());
   launch.grid = in.value<Dim>();
   launch.block = in.value<Dim>();
-  launch.shared_bytes = in.value<uint32_t>();
   launch.args = in.bytes(in.value<uint32_t>());
   launch.pointers.resize(in.value<uint32_t>());
   for (Pointer& pointer : launch.pointers) pointer = in.value<Pointer>();

@@ -27,10 +27,8 @@ inline void poison_once_a_block(T* array, size_t bytes, uint64_t& seen) {
   static TYPE NAME[COUNT];             \
   static uint64_t NAME##_seen;         \
   emulate::poison_once_a_block(NAME, sizeof(NAME), NAME##_seen)
-#define DYNAMIC_SHARED(NAME) unsigned char* NAME = emulate::world.dynamic_shared
 #define __syncthreads() emulate::wait_for_block(__LINE__)
 
-using std::isfinite;
 inline float __uint_as_float(uint32_t bits) {
   float to;
   memcpy(&to, &bits, sizeof to);
@@ -43,9 +41,6 @@ inline uint32_t __float_as_uint(float x) {
 }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
-inline int __popc(uint32_t x) { return __builtin_popcount(x); }
-inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t(a) * b) >> 32; }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -84,12 +79,6 @@ inline f16 from_float<f16>(float x) {
   return {static_cast<uint16_t>(sign | (bits > 0x7bff ? 0x7bff : bits))};
 }
 
-template <typename P>
-inline P load_once(const void* from) {
-  static_assert(sizeof(P) == 16, "one 16-byte load");
-  return *static_cast<const P*>(from);
-}
-
 template <typename V>
 struct Shuffle {
   V value;
@@ -109,33 +98,6 @@ inline V __shfl_xor_sync(uint32_t mask, V value, uint32_t step) {
   });
 }
 
-template <typename V>
-inline V __shfl_sync(uint32_t mask, V value, uint32_t source) {
-  using In = Shuffle<V>;
-  return emulate::collect<In, V>("shfl", mask, {value, source}, [](uint32_t mask, auto in, auto out) {
-    for (uint32_t lane = 0; lane < emulate::LANES; lane++) {
-      if (!(mask >> lane & 1)) continue;
-      uint32_t source = in[lane]->argument % emulate::LANES;
-      if (!in[source]) emulate::fail("shfl from lane %u", source);
-      *out[lane] = in[source]->value;
-    }
-  });
-}
-
-// Lanes below `step` keep their own.
-template <typename V>
-inline V __shfl_up_sync(uint32_t mask, V value, uint32_t step) {
-  using In = Shuffle<V>;
-  return emulate::collect<In, V>("shfl_up", mask, {value, step}, [](uint32_t mask, auto in, auto out) {
-    for (uint32_t lane = 0; lane < emulate::LANES; lane++) {
-      if (!(mask >> lane & 1)) continue;
-      uint32_t source = lane >= in[lane]->argument ? lane - in[lane]->argument : lane;
-      if (!in[source]) emulate::fail("shfl_up from lane %u", source);
-      *out[lane] = in[source]->value;
-    }
-  });
-}
-
 inline uint32_t __ballot_sync(uint32_t mask, bool vote) {
   return emulate::collect<bool, uint32_t>("ballot", mask, vote, [](uint32_t mask, auto in, auto out) {
     uint32_t votes = 0;
@@ -147,9 +109,6 @@ inline uint32_t __ballot_sync(uint32_t mask, bool vote) {
     }
   });
 }
-inline bool __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
-inline bool __all_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
-
 inline void __syncwarp(uint32_t mask = 0xffffffffu) {
   emulate::collect<bool, bool>("syncwarp", mask, true, [](uint32_t mask, auto in, auto out) {
     for (uint32_t lane = 0; lane < emulate::LANES; lane++) {
@@ -158,25 +117,7 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu) {
   });
 }
 
-// Threads hand over at collectives alone, so nothing comes in between.
-template <typename V>
-inline V atomicAdd(V* to, V value) {
-  V before = *to;
-  *to += value;
-  return before;
-}
-
 #include "matrix.h"
-
-inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
-  uint64_t both = uint64_t(high) << 32 | low;
-  uint32_t to = 0;
-  for (uint32_t i = 0; i < 4; i++) {
-    uint32_t byte = selector >> (4 * i) & 7;
-    to |= uint32_t(both >> (8 * byte) & 0xff) << (8 * i);
-  }
-  return to;
-}
 
 inline void cp_async_16(void* to, const void* from, bool wanted) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulate::fail("cp.async to %p", to);

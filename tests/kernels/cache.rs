@@ -109,8 +109,7 @@ impl RopeCase {
 fn near(of: Type, what: &str, ours: &[u16], exact: &[f64]) {
     let largest = exact.iter().fold(0f64, |most, x| most.max(x.abs()));
     for (ours, exact) in ours.iter().zip(exact) {
-        let ulp = if of == Type::Bf16 { 1.0 / 256.0 } else { 1.0 / 2048.0 };
-        let most = exact.abs() * (ulp + 1e-5) + largest * 1e-5;
+        let most = exact.abs() * (of.rounding() + 1e-5) + largest * 1e-5;
         assert!((of.widen(*ours) - exact).abs() <= most, "{what}: {} for {exact}", of.widen(*ours));
     }
 }

@@ -127,8 +127,6 @@ impl Launch {
         for size in self.grid.into_iter().chain([self.threads, 1, 1]) {
             word(size, to);
         }
-        // No kernel of these has dynamic shared memory.
-        word(0, to);
         let (args, pointers) = self.lay_out();
         word(args.len() as u32, to);
         to.extend(args);

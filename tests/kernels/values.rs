@@ -36,7 +36,7 @@ impl Type {
     }
 
     /// Half a unit in the last place, relative.
-    fn rounding(self) -> f64 {
+    pub fn rounding(self) -> f64 {
         match self {
             Self::Bf16 => 1.0 / 256.0,
             Self::F16 => 1.0 / 2048.0,
