@@ -231,8 +231,8 @@ impl Lease {
         let bills = self.bills_device();
         let account = self.account.as_ref().filter(|_| bills);
         let left_ns = account.map_or(u64::MAX, |account| {
-            let most_ns = account.opened.terms.device_ns_within(account.limit());
-            most_ns.saturating_sub(used.billable_device_ns)
+            let one_ns = Tally { billable_device_ns: 1, ..Tally::default() };
+            account.opened.terms.fitting(&used, &one_ns, account.limit())
         });
         let billable_ns = device_ns.min(bound_ns).min(left_ns);
         self.counted.used.device_ns += device_ns;

@@ -90,16 +90,6 @@ impl Terms {
         }
     }
 
-    /// The most device time that is charged no more than `limit`, the charge of the request itself
-    /// included.
-    pub fn device_ns_within(&self, limit: NanoUsd) -> u64 {
-        let (left, second) = (limit.0 - self.rates.request.0, self.rates.device_second.0);
-        match second {
-            0 => u64::MAX,
-            _ => u64::try_from(left.max(0) * NS_PER_S / second).unwrap_or(u64::MAX),
-        }
-    }
-
     /// The most times that `more` can be added to `used` with a charge of no more than `limit`;
     /// `u64::MAX` where that is without end, 0 where `used` alone costs more.
     pub fn fitting(&self, used: &Tally, more: &Tally, limit: NanoUsd) -> u64 {
@@ -179,7 +169,8 @@ mod tests {
                 device_second: NanoUsd(second), request: NanoUsd(request), ..Rates::default()
             };
             let terms = Terms { rates, billing: Billing::Device, ..Terms::default() };
-            let most_ns = terms.device_ns_within(NanoUsd(limit));
+            let one_ns = Tally { billable_device_ns: 1, ..Tally::default() };
+            let most_ns = terms.fitting(&Tally::default(), &one_ns, NanoUsd(limit));
             let charge = |ns| {
                 terms.charge(&Tally { output: 1, billable_device_ns: ns, ..Tally::default() }).0
             };
