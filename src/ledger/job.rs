@@ -115,13 +115,17 @@ pub(super) fn read_ahead(book: &mut Book<'_>, group: &[Job]) -> Result<(), DbErr
         Job::Open { opening, .. } => Some(&**opening),
         _ => None,
     });
-    let requests = group.iter().filter_map(|job| match job {
+    let extended = group.iter().filter_map(|job| match job {
         Job::Extend { asked, .. } => Some(&asked.request),
+        _ => None,
+    });
+    let closed = group.iter().filter_map(|job| match job {
         Job::Close(closing) => Some(&closing.request),
         Job::Forget(request) => Some(request),
         _ => None,
     });
-    book.read_ahead(&openings.collect::<Vec<_>>(), &requests.collect::<Vec<_>>())
+    let (openings, extended) = (openings.collect::<Vec<_>>(), extended.collect::<Vec<_>>());
+    book.read_ahead(&openings, &extended, &closed.collect::<Vec<_>>())
 }
 
 pub(super) fn perform(

@@ -11,15 +11,15 @@ use super::{
 };
 use crate::{
     ledger::{
-        db::{DbError, Question},
+        db::{DbError, Question, Row},
         rows::{Opening, Payer},
     },
     price::Terms,
     types::{KeyId, ModelId, RequestId, TenantId},
 };
 
-/// What was read before it was asked for. Only jobs that leave keys, tenants and prices alone may
-/// follow.
+/// What was read before it was asked for. Only jobs about requests may follow: what an operator
+/// changes is not looked for here.
 #[derive(Default)]
 pub(super) struct Ahead {
     pub accounts: HashMap<KeyId, Option<Account>>,
@@ -31,54 +31,56 @@ pub(super) struct Ahead {
 }
 
 impl Book<'_> {
-    /// Reads what opening some requests, and going on with others, will ask for.
+    /// Reads what opening some requests, holding more for others and closing others will ask for.
     pub fn read_ahead(
         &mut self,
         openings: &[&Opening],
-        requests: &[&RequestId],
+        extended: &[&RequestId],
+        closed: &[&RequestId],
     ) -> Result<(), DbError> {
         let keys = openings.iter().filter_map(|opening| match &opening.payer {
             Payer::Key(key) => Some(key),
             Payer::Tenant(_) => None,
         });
         let keys: BTreeSet<KeyId> = keys.cloned().collect();
-        let requests: BTreeSet<&RequestId> = requests.iter().copied().collect();
+        let requests: BTreeSet<&RequestId> = extended.iter().chain(closed).copied().collect();
         let questions = keys.iter().map(key_of);
         let questions: Vec<_> =
             questions.chain(requests.iter().flat_map(|id| request_of(id))).collect();
         let found = self.query_each(&questions)?;
         let (of_keys, of_requests) = found.split_at(keys.len());
-        for (key, rows) in keys.into_iter().zip(of_keys) {
-            let account = self.read_account(&key, rows)?;
-            self.ahead.accounts.insert(key, account);
-        }
+        self.keep_accounts(keys, of_keys)?;
         for (id, rows) in requests.into_iter().zip(of_requests.chunks(2)) {
             let request = read_open(rows)?;
             self.ahead.requests.insert(id.clone(), request);
         }
-        self.read_limits_ahead(openings)?;
-        self.read_windows_ahead()
+        let payments = self.payments();
+        self.read_limits(openings, extended, &payments)?;
+        self.read_windows(payments.iter().map(|(scope, at_ns)| (scope, *at_ns)))
     }
 
-    /// Budgets and rates of all that pay, prices of what is opened, keys of what runs.
-    fn read_limits_ahead(&mut self, openings: &[&Opening]) -> Result<(), DbError> {
-        let scopes: BTreeSet<String> =
-            self.payments().into_iter().map(|(scope, _)| scope).collect();
-        let scopes: Vec<String> = scopes.into_iter().collect();
+    /// Budgets and rates of all that pay, prices of what is opened, keys of what is extended.
+    fn read_limits(
+        &mut self,
+        openings: &[&Opening],
+        extended: &[&RequestId],
+        payments: &BTreeSet<(String, i64)>,
+    ) -> Result<(), DbError> {
+        let mut scopes: Vec<String> = payments.iter().map(|(scope, _)| scope.clone()).collect();
+        scopes.dedup();
         let unknown = self.unknown_budgets(&scopes);
-        let payer = |opening: &&Opening| match &opening.payer {
-            Payer::Tenant(tenant) => Some((tenant.clone(), opening.model.clone())),
-            Payer::Key(key) => {
-                let account = self.ahead.accounts.get(key)?.as_ref()?;
-                Some((account.chain.tenant.clone(), opening.model.clone()))
-            }
-        };
-        let priced: BTreeSet<(TenantId, ModelId)> = openings.iter().filter_map(payer).collect();
-        let running = self.ahead.requests.values().flatten();
-        let keys: BTreeSet<KeyId> = running
-            .filter_map(|request| request.chain.key.clone())
-            .filter(|key| !self.ahead.accounts.contains_key(key))
-            .collect();
+        let priced = openings.iter().filter_map(|opening| {
+            let tenant = match &opening.payer {
+                Payer::Tenant(tenant) => tenant,
+                Payer::Key(key) => &self.ahead.accounts.get(key)?.as_ref()?.chain.tenant,
+            };
+            Some((tenant.clone(), opening.model.clone()))
+        });
+        let priced: BTreeSet<(TenantId, ModelId)> = priced.collect();
+        let running = extended.iter().filter_map(|id| self.ahead.requests.get(*id)?.as_ref());
+        let mut keys: BTreeSet<KeyId> =
+            running.filter_map(|request| request.chain.key.clone()).collect();
+        keys.retain(|key| !self.ahead.accounts.contains_key(key));
         let mut questions: Vec<Question> = budgets_of(&unknown);
         questions.extend(rates_of(&scopes));
         questions.extend(priced.iter().map(|(tenant, model)| self.terms_of(tenant, model)));
@@ -92,16 +94,16 @@ impl Book<'_> {
         for (of, rows) in priced.into_iter().zip(&of_prices) {
             self.ahead.terms.insert(of, read_terms(rows)?);
         }
-        for (key, rows) in keys.into_iter().zip(&of_keys) {
+        self.keep_accounts(keys, &of_keys)
+    }
+
+    /// The answers to [`key_of`].
+    fn keep_accounts(&mut self, keys: BTreeSet<KeyId>, found: &[Vec<Row>]) -> Result<(), DbError> {
+        for (key, rows) in keys.into_iter().zip(found) {
             let account = self.read_account(&key, rows)?;
             self.ahead.accounts.insert(key, account);
         }
         Ok(())
-    }
-
-    fn read_windows_ahead(&mut self) -> Result<(), DbError> {
-        let payments = self.payments();
-        self.read_windows(payments.iter().map(|(scope, at_ns)| (scope, *at_ns)))
     }
 
     /// Every scope that pays, with the times whose windows it pays in: now, and those of its leases.

@@ -124,7 +124,6 @@ impl Book<'_> {
 
     /// Changes the limits of a scope; what runs is counted from the start.
     pub fn set_rate_limit(&mut self, scope: &str, limit: &RateLimit) -> Result<(), DbError> {
-        self.ahead.rates.remove(scope);
         let sequences = self.open_sequences(scope)?;
         self.write(
             "INSERT INTO rate_limit (scope, requests_per_minute, tokens_per_minute, sequences_max,
@@ -145,7 +144,6 @@ impl Book<'_> {
 
     /// Whether there was one.
     pub fn delete_rate_limit(&mut self, scope: &str) -> Result<bool, DbError> {
-        self.ahead.rates.remove(scope);
         Ok(self.execute("DELETE FROM rate_limit WHERE scope = $1", &[scope.into()])? > 0)
     }
 }
