@@ -11,14 +11,15 @@ use std::{
 use candela::{
     clock::Clock,
     ledger::{
-        LedgerError,
+        Desk, Ledger, LedgerError,
         db::{Db, DbError, Sqlite},
         rows::EndCause,
     },
 };
 use common::{
     books::{
-        INPUT_NANO, OUTPUT_NANO, close, limit, opening, prove, replica, run, set_up, stop, total,
+        INPUT_NANO, OUTPUT_NANO, close, limit, opening, options, prove, replica, run, set_up, stop,
+        total,
     },
     rig::Rig,
     server::Server,
@@ -117,4 +118,61 @@ fn a_full_disk_turns_new_work_away_and_passes() {
     stop(ledger);
     assert_eq!(total(&mut db, TENANT).expect("a total"), (each, 0));
     prove(&mut db);
+}
+
+/// A row of the tenant is not what this program writes: its requests cannot be closed, those of
+/// others can, and once an operator has mended the row it is caught up.
+#[test]
+fn a_request_that_cannot_be_closed_keeps_nobody_waiting() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("ledger.sqlite");
+    let mut db = open(&path);
+    set_up(&mut db, &["a", "b"]);
+    limit(&mut db, TENANT, 1_000_000);
+    let clock = Clock::simulated();
+    let (rigged, _) = Rig::around(Box::new(open(&path)));
+    let life = options("one", Duration::from_secs(10_000));
+    let (ledger, mut desk) =
+        Ledger::without_thread(rigged, clock.clone(), life, |_| {}).expect("joins");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build();
+    let runtime = runtime.expect("a runtime");
+    let admit = |desk: &mut Desk, tenant: &str, request: &str| {
+        let (ledger, opening) = (ledger.clone(), opening(tenant, request, 1));
+        let opened = runtime.spawn(async move { ledger.open(opening).await });
+        while !opened.is_finished() {
+            desk.turn();
+        }
+        runtime.block_on(opened).expect("no panic")
+    };
+    let mut broken = admit(&mut desk, "a", "r1").expect("admitted");
+    broken.use_input(1, 0);
+    broken.use_output(1);
+    let mut zone = |zone: &str| {
+        let sql = "UPDATE budget SET zone = $1 WHERE scope = 'tenant:a'";
+        assert_eq!(db.execute(sql, &[zone.into()]).expect("writes"), 1);
+    };
+    zone("Nowhere/Land");
+    let bill = runtime.spawn(close(broken, EndCause::Finished));
+    let other = admit(&mut desk, "b", "r2").expect("admitted beside it");
+    drop(other);
+    while !bill.is_finished() {
+        desk.turn();
+    }
+    assert_eq!(runtime.block_on(bill).expect("no panic"), None, "there is no bill to tell");
+    let Err(tells) = admit(&mut desk, "a", "r3") else { panic!("its budget cannot be read") };
+    assert!(tells.to_string().contains("budget of tenant:a"), "{tells}");
+    let each = (INPUT_NANO + OUTPUT_NANO) as i64;
+    let held = |path: &std::path::Path| total(&mut open(path), TENANT).expect("a total");
+    assert_eq!(held(&path), (0, each), "still held");
+    clock.advance(Duration::from_secs(61));
+    desk.turn();
+    assert_eq!(held(&path), (0, each), "tried, and still refused");
+    zone("UTC");
+    desk.turn();
+    assert_eq!(held(&path), (0, each), "not before it is due again");
+    clock.advance(Duration::from_secs(61));
+    desk.turn();
+    assert_eq!(held(&path), (each, 0), "caught up");
+    desk.leave();
+    prove(&mut open(&path));
 }

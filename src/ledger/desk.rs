@@ -15,9 +15,10 @@ use std::{
 };
 
 use super::{
-    book::transact,
-    db::{Db, DbError},
-    job::{Answer, Closing, Job, Outbox, perform, present, read_ahead, revoked},
+    Book,
+    book::{replica_of, transact, transact_asking},
+    db::{Db, DbError, Row},
+    job::{Answer, Closing, Job, Outbox, perform, present, revoked, subjects},
     lease::{Lease, Shared},
     rows::{Event, Opened},
     thread::{LedgerError, LedgerOptions},
@@ -40,6 +41,10 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const HEARTBEATS_PER_LIFE: u32 = 4;
 /// How long jobs that must happen wait before the next try, once the database has failed.
 const RETRY: Duration = Duration::from_millis(200);
+/// How long a request that the database does not let be closed waits for its next try, alone, and how
+/// many may wait so: an operator may mend the row meanwhile, and the next start gives up the others.
+const REFUSED_RETRY: Duration = Duration::from_secs(60);
+const REFUSED_MAX: usize = 1024;
 /// How often a database that fails is spoken of.
 const OUTAGE_SAID: Duration = Duration::from_secs(10);
 /// How long a client waits for a bill that cannot be written.
@@ -59,6 +64,8 @@ pub struct Desk {
     revision: i64,
     /// Jobs that must happen and could not yet.
     unsettled: VecDeque<Job>,
+    /// Requests that could not be closed for what the database says of them, and when they are due.
+    refused: VecDeque<(u64, Box<Closing>)>,
     outage: Option<Outage>,
     /// When it last said that it lives.
     beat_ns: u64,
@@ -97,6 +104,7 @@ impl Desk {
             watched: HashMap::new(),
             revision: -1,
             unsettled: VecDeque::new(),
+            refused: VecDeque::new(),
             outage: None,
             beat_ns: asked_ns,
             roll_up: None,
@@ -167,6 +175,10 @@ impl Desk {
         }
         let goes_on = !group.iter().any(|job| matches!(job, Job::Stop));
         self.settle(group);
+        let now_ns = self.clock.now_ns();
+        while let Some((_, closing)) = self.refused.pop_front_if(|(due_ns, _)| *due_ns <= now_ns) {
+            self.settle(vec![Job::Close(closing)]);
+        }
         self.roll_up();
         let now_ns = self.clock.now_ns();
         if now_ns.saturating_sub(self.beat_ns) >= self.beat_every().as_nanos() as u64 {
@@ -234,16 +246,21 @@ impl Desk {
     fn attempt(&mut self, group: &mut [Job]) -> Result<Vec<Answer>, DbError> {
         let (watched, seen, options) = (&self.watched, self.revision, &self.options);
         let asked_ns = self.clock.now_ns();
-        let ((answers, revoked, revision, known), events) = transact(&mut *self.db, |book| {
+        let subjects = subjects(group);
+        let first = [replica_of(&options.replica)].into_iter().chain(subjects.questions());
+        let attempt = |book: &mut Book<'_>, found: Vec<Vec<Row>>| {
+            let (presence, found) = found.split_at(1);
             // A hold must belong to a server that others know of, or nobody would give it back.
-            let known = options.exclusive || present(book, options)?;
-            read_ahead(book, group)?;
+            let known = options.exclusive || present(book, options, &presence[0])?;
+            book.read_ahead(&subjects, found)?;
             let answers = group.iter_mut().map(|job| perform(book, job, &options.replica));
             let answers = answers.collect::<Result<Vec<_>, _>>()?;
             let revision = book.revision();
             let revoked = if revision == seen { Vec::new() } else { revoked(book, watched)? };
             Ok((answers, revoked, revision, known))
-        })?;
+        };
+        let ((answers, revoked, revision, known), events) =
+            transact_asking(&mut *self.db, first.collect(), attempt)?;
         self.heard(asked_ns, known);
         self.revision = revision;
         revoked.iter().for_each(|shared| shared.revoke());
@@ -304,6 +321,7 @@ impl Desk {
                     let _ = reply.send(Err(LedgerError::Unavailable(error.to_string())));
                 }
                 Job::Extend { shared, .. } => shared.unanswered(),
+                Job::Close(closing) if error.is_of_one_job() => self.refuse(closing),
                 Job::Close(closing) => self.keep(closing),
                 // Rows that the database does not take are not tried for ever.
                 Job::Energy(_) if error.is_of_one_job() => {}
@@ -325,13 +343,27 @@ impl Desk {
         self.unsettled.push_back(Job::Close(closing));
     }
 
+    /// It is tried again later, and apart: one that fails makes every group with it fail first.
+    fn refuse(&mut self, mut closing: Box<Closing>) {
+        if let Some(closed) = closing.closed.take() {
+            closed(None);
+        }
+        let request = &closing.request;
+        tracing::error!(%request, "a request could not be closed, so what it holds stays held");
+        if self.refused.len() < REFUSED_MAX {
+            let due_ns = self.clock.now_ns().saturating_add(REFUSED_RETRY.as_nanos() as u64);
+            self.refused.push_back((due_ns, closing));
+        }
+    }
+
     /// Says that this server lives, gives up those that do not, and hears of revocations.
     fn beat(&mut self) {
         let options = self.options.clone();
         let asked_ns = self.clock.now_ns();
         let (watched, seen) = (&self.watched, self.revision);
-        let beaten = transact(&mut *self.db, |book| {
-            let known = present(book, &options)?;
+        let first = vec![replica_of(&options.replica)];
+        let beaten = transact_asking(&mut *self.db, first, |book, found| {
+            let known = present(book, &options, &found[0])?;
             for replica in book.expired_replicas(0)? {
                 if replica != options.replica {
                     book.recover(&replica)?;
@@ -384,6 +416,9 @@ impl Desk {
     pub fn leave(mut self) {
         let rest: Vec<Job> = self.unsettled.drain(..).chain(self.jobs.try_iter()).collect();
         self.settle(rest);
+        for (_, closing) in std::mem::take(&mut self.refused) {
+            self.settle(vec![Job::Close(closing)]);
+        }
         let replica = self.options.replica.clone();
         if let Err(error) = transact(&mut *self.db, |book| book.recover(&replica)) {
             tracing::error!(%error, "the ledger was left with open holds; the next start gives them up");

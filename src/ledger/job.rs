@@ -10,7 +10,8 @@ use tokio::sync::oneshot;
 
 use super::{
     Book,
-    db::DbError,
+    book::Subjects,
+    db::{DbError, Row},
     lease::{Lease, Meterage, Shared},
     rows::{Bill, EndCause, EnergyRow, Extension, Grant, Opened, Opening, Refusal},
     thread::{LedgerError, LedgerOptions},
@@ -87,10 +88,15 @@ impl Outbox {
     }
 }
 
-/// Says that this server lives. False where the database did not know it any more.
-pub(super) fn present(book: &mut Book<'_>, options: &LedgerOptions) -> Result<bool, DbError> {
+/// Says that this server lives. False where the database did not know it any more. `found` is the
+/// answer to [`replica_of`](super::book::replica_of).
+pub(super) fn present(
+    book: &mut Book<'_>,
+    options: &LedgerOptions,
+    found: &[Row],
+) -> Result<bool, DbError> {
     let ttl_ns = options.replica_ttl.as_nanos() as i64;
-    let known = book.heartbeat(&options.replica, ttl_ns)?;
+    let known = book.heartbeat(&options.replica, ttl_ns, found)?;
     if !known {
         book.join(&options.replica, &options.name, ttl_ns)?;
     }
@@ -105,27 +111,23 @@ pub(super) enum Answer {
     Bill(Option<Bill>),
 }
 
-/// Reads what the jobs will ask for at once. Work of an operator may change it between them, so then
-/// each reads for itself.
-pub(super) fn read_ahead(book: &mut Book<'_>, group: &[Job]) -> Result<(), DbError> {
+/// What the jobs will ask for, to be read at once. Work of an operator may change it between them,
+/// so then each reads for itself.
+pub(super) fn subjects(group: &[Job]) -> Subjects {
+    let mut found = Subjects::default();
     if group.iter().any(|job| matches!(job, Job::Run { .. })) {
-        return Ok(());
+        return found;
     }
-    let openings = group.iter().filter_map(|job| match job {
-        Job::Open { opening, .. } => Some(&**opening),
-        _ => None,
-    });
-    let extended = group.iter().filter_map(|job| match job {
-        Job::Extend { asked, .. } => Some(&asked.request),
-        _ => None,
-    });
-    let closed = group.iter().filter_map(|job| match job {
-        Job::Close(closing) => Some(&closing.request),
-        Job::Forget(request) => Some(request),
-        _ => None,
-    });
-    let (openings, extended) = (openings.collect::<Vec<_>>(), extended.collect::<Vec<_>>());
-    book.read_ahead(&openings, &extended, &closed.collect::<Vec<_>>())
+    for job in group {
+        match job {
+            Job::Open { opening, .. } => found.opens(opening),
+            Job::Extend { asked, .. } => found.extends(&asked.request),
+            Job::Close(closing) => found.ends(&closing.request),
+            Job::Forget(request) => found.ends(request),
+            _ => {}
+        }
+    }
+    found
 }
 
 pub(super) fn perform(

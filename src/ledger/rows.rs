@@ -32,7 +32,7 @@ impl Chain {
 pub const GLOBAL: &str = "global";
 
 /// Who asks.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Payer {
     Key(KeyId),
     /// Without a key, where the server allows that.

@@ -103,15 +103,18 @@ pub fn run<T>(
 
 /// Starts a ledger as one of several servers.
 pub fn replica(db: Box<dyn Db>, name: &str, ttl: Duration) -> LedgerThread {
-    let options = LedgerOptions {
+    Ledger::start(db, Clock::system(), options(name, ttl), |_| {}).expect("starts")
+}
+
+pub fn options(name: &str, ttl: Duration) -> LedgerOptions {
+    LedgerOptions {
         replica: name.to_owned(),
         name: name.to_owned(),
         exclusive: false,
         replica_ttl: ttl,
         clock_error_max: ttl / 5,
         lease: LeaseLimits { outstanding_tokens_max: 64, wait_max: Duration::from_secs(2) },
-    };
-    Ledger::start(db, Clock::system(), options, |_| {}).expect("starts")
+    }
 }
 
 pub fn stop(ledger: LedgerThread) {

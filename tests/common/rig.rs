@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use candela::ledger::db::{Db, DbError, Row, Val};
+use candela::ledger::db::{Db, DbError, Question, Row, Val};
 
 /// What the test turns.
 #[derive(Default)]
@@ -54,13 +54,13 @@ impl Switches {
 }
 
 impl Db for Rig {
-    fn begin(&mut self) -> Result<(), DbError> {
+    fn begin_asking(&mut self, first: &[Question]) -> Result<Vec<Vec<Row>>, DbError> {
         self.reach()?;
         let pages = self.switches.pages_max.load(Ordering::SeqCst);
         if pages > 0 {
             self.inner.batch(&format!("PRAGMA max_page_count = {pages}"))?;
         }
-        self.inner.begin()
+        self.inner.begin_asking(first)
     }
 
     fn begin_reading(&mut self) -> Result<(), DbError> {

@@ -15,7 +15,7 @@ use candela::{
     ledger::{
         Bill, Demand, EndCause, Lease, Ledger, LedgerOptions, Opening, Payer, Span,
         book::RateLimit,
-        db::{Db, DbError, Row, Sqlite, Val},
+        db::{Db, DbError, Question, Row, Sqlite, Val},
         lease::LeaseLimits,
         thread::LedgerThread,
     },
@@ -36,8 +36,8 @@ struct Audited {
 }
 
 impl Db for Audited {
-    fn begin(&mut self) -> Result<(), DbError> {
-        self.db.begin()
+    fn begin_asking(&mut self, first: &[Question]) -> Result<Vec<Vec<Row>>, DbError> {
+        self.db.begin_asking(first)
     }
 
     fn commit(&mut self) -> Result<(), DbError> {

@@ -6,7 +6,7 @@ use candela::{
     clock::Clock,
     ledger::{
         Extension, Payer, Refusal, Span, Zone,
-        book::{Book, Budget, KeySpec, RateLimit, Role, key_hash},
+        book::{Book, Budget, KeySpec, RateLimit, Role, key_hash, replica_of},
         db::{Db, DbError, Sqlite, Val},
         rows::{Bill, Denial, EndCause, Opened},
         schema::{SCHEMA_VERSION, migrate},
@@ -231,7 +231,10 @@ fn a_dead_server_is_given_up() {
         assert_eq!(run(db, |book| book.recover("r")).expect("recovers"), 1);
         assert_eq!(total(db, "tenant:a").expect("a total"), (first as i64, 0));
         assert_eq!(run(db, |book| book.recover("r")).expect("recovers"), 0, "once");
-        assert!(!run(db, |book| book.heartbeat("r", 1)).expect("answers"), "not known any more");
+        let (sql, values) = replica_of("r");
+        let found = db.query(sql, &values).expect("answers");
+        let known = run(db, |book| book.heartbeat("r", 1, &found)).expect("answers");
+        assert!(!known, "not known any more");
         assert_eq!(close(db, "r1", used(10, 6)), None);
         let id = RequestId::new("r1");
         assert_eq!(run(db, |book| book.settled(&id)).expect("answers"), None, "given up");

@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use candela::ledger::db::{Db, DbError, Row, Sqlite, Val};
+use candela::ledger::db::{Db, DbError, Question, Row, Sqlite, Val};
 
 /// What a story turns, and what it counts.
 #[derive(Default)]
@@ -57,11 +57,11 @@ impl Audited {
 }
 
 impl Db for Audited {
-    fn begin(&mut self) -> Result<(), DbError> {
+    fn begin_asking(&mut self, first: &[Question]) -> Result<Vec<Vec<Row>>, DbError> {
         self.reach()?;
-        self.db.begin()?;
+        let found = self.db.begin_asking(first)?;
         self.before = self.windows()?;
-        Ok(())
+        Ok(found)
     }
 
     fn commit(&mut self) -> Result<(), DbError> {

@@ -1,11 +1,12 @@
-//! Reading ahead: what a group of jobs will ask for, in three round trips for all of them.
+//! Reading ahead: what a group of jobs will ask for, in three round trips for all of them,
+//! the first of which is that of the transaction's beginning.
 
 use std::collections::{BTreeSet, HashMap};
 
 use super::{
     Book,
     budgets::budgets_of,
-    open::{Account, key_of, read_terms},
+    open::{Account, account_of, read_terms},
     rates::{State, rates_of},
     requests::{OpenRequest, read_open, request_of},
 };
@@ -15,14 +16,14 @@ use crate::{
         rows::{Opening, Payer},
     },
     price::Terms,
-    types::{KeyId, ModelId, RequestId, TenantId},
+    types::{ModelId, RequestId, TenantId},
 };
 
 /// What was read before it was asked for. Only jobs about requests may follow: what an operator
 /// changes is not looked for here.
 #[derive(Default)]
 pub(super) struct Ahead {
-    pub accounts: HashMap<KeyId, Option<Account>>,
+    pub accounts: HashMap<Payer, Option<Account>>,
     pub terms: HashMap<(TenantId, ModelId), Option<Terms>>,
     /// Each until it is first taken.
     pub requests: HashMap<RequestId, Option<OpenRequest>>,
@@ -30,61 +31,74 @@ pub(super) struct Ahead {
     pub rates: HashMap<String, Option<State>>,
 }
 
+/// What a group of jobs is about: openings, running requests that want more, and those that end.
+#[derive(Default)]
+pub struct Subjects {
+    payers: BTreeSet<Payer>,
+    priced: BTreeSet<(Payer, ModelId)>,
+    extended: BTreeSet<RequestId>,
+    /// Those that end, and those that are extended.
+    running: BTreeSet<RequestId>,
+}
+
+impl Subjects {
+    pub fn opens(&mut self, opening: &Opening) {
+        self.payers.insert(opening.payer.clone());
+        self.priced.insert((opening.payer.clone(), opening.model.clone()));
+    }
+
+    pub fn extends(&mut self, request: &RequestId) {
+        self.extended.insert(request.clone());
+        self.running.insert(request.clone());
+    }
+
+    pub fn ends(&mut self, request: &RequestId) {
+        self.running.insert(request.clone());
+    }
+
+    /// What is asked first; [`Book::read_ahead`] takes the answers.
+    pub fn questions(&self) -> impl Iterator<Item = Question> {
+        self.payers.iter().map(account_of).chain(self.running.iter().flat_map(request_of))
+    }
+}
+
 impl Book<'_> {
-    /// Reads what opening some requests, holding more for others and closing others will ask for.
-    pub fn read_ahead(
-        &mut self,
-        openings: &[&Opening],
-        extended: &[&RequestId],
-        closed: &[&RequestId],
-    ) -> Result<(), DbError> {
-        let keys = openings.iter().filter_map(|opening| match &opening.payer {
-            Payer::Key(key) => Some(key),
-            Payer::Tenant(_) => None,
-        });
-        let keys: BTreeSet<KeyId> = keys.cloned().collect();
-        let requests: BTreeSet<&RequestId> = extended.iter().chain(closed).copied().collect();
-        let questions = keys.iter().map(key_of);
-        let questions: Vec<_> =
-            questions.chain(requests.iter().flat_map(|id| request_of(id))).collect();
-        let found = self.query_each(&questions)?;
-        let (of_keys, of_requests) = found.split_at(keys.len());
-        self.keep_accounts(keys, of_keys)?;
-        for (id, rows) in requests.into_iter().zip(of_requests.chunks(2)) {
+    /// Reads what jobs about `subjects` will ask for. `found` are the answers to their questions.
+    pub fn read_ahead(&mut self, subjects: &Subjects, found: &[Vec<Row>]) -> Result<(), DbError> {
+        let (of_payers, of_requests) = found.split_at(subjects.payers.len());
+        self.keep_accounts(subjects.payers.iter().cloned(), of_payers)?;
+        for (id, rows) in subjects.running.iter().zip(of_requests.chunks(2)) {
             let request = read_open(rows)?;
             self.ahead.requests.insert(id.clone(), request);
         }
         let payments = self.payments();
-        self.read_limits(openings, extended, &payments)?;
+        self.read_limits(subjects, &payments)?;
         self.read_windows(payments.iter().map(|(scope, at_ns)| (scope, *at_ns)))
     }
 
     /// Budgets and rates of all that pay, prices of what is opened, keys of what is extended.
     fn read_limits(
         &mut self,
-        openings: &[&Opening],
-        extended: &[&RequestId],
+        subjects: &Subjects,
         payments: &BTreeSet<(String, i64)>,
     ) -> Result<(), DbError> {
         let mut scopes: Vec<String> = payments.iter().map(|(scope, _)| scope.clone()).collect();
         scopes.dedup();
         let unknown = self.unknown_budgets(&scopes);
-        let priced = openings.iter().filter_map(|opening| {
-            let tenant = match &opening.payer {
-                Payer::Tenant(tenant) => tenant,
-                Payer::Key(key) => &self.ahead.accounts.get(key)?.as_ref()?.chain.tenant,
-            };
-            Some((tenant.clone(), opening.model.clone()))
+        let priced = subjects.priced.iter().filter_map(|(payer, model)| {
+            let tenant = &self.ahead.accounts.get(payer)?.as_ref()?.chain.tenant;
+            Some((tenant.clone(), model.clone()))
         });
         let priced: BTreeSet<(TenantId, ModelId)> = priced.collect();
-        let running = extended.iter().filter_map(|id| self.ahead.requests.get(*id)?.as_ref());
-        let mut keys: BTreeSet<KeyId> =
-            running.filter_map(|request| request.chain.key.clone()).collect();
+        let extended = subjects.extended.iter();
+        let extended = extended.filter_map(|id| self.ahead.requests.get(id)?.as_ref());
+        let mut keys: BTreeSet<Payer> =
+            extended.filter_map(|request| request.chain.key.clone().map(Payer::Key)).collect();
         keys.retain(|key| !self.ahead.accounts.contains_key(key));
         let mut questions: Vec<Question> = budgets_of(&unknown);
         questions.extend(rates_of(&scopes));
         questions.extend(priced.iter().map(|(tenant, model)| self.terms_of(tenant, model)));
-        questions.extend(keys.iter().map(key_of));
+        questions.extend(keys.iter().map(account_of));
         let mut found = self.query_each(&questions)?;
         let of_keys = found.split_off(unknown.len() + scopes.len() + priced.len());
         let of_prices = found.split_off(unknown.len() + scopes.len());
@@ -97,11 +111,15 @@ impl Book<'_> {
         self.keep_accounts(keys, &of_keys)
     }
 
-    /// The answers to [`key_of`].
-    fn keep_accounts(&mut self, keys: BTreeSet<KeyId>, found: &[Vec<Row>]) -> Result<(), DbError> {
-        for (key, rows) in keys.into_iter().zip(found) {
-            let account = self.read_account(&key, rows)?;
-            self.ahead.accounts.insert(key, account);
+    /// The answers to [`account_of`].
+    fn keep_accounts(
+        &mut self,
+        payers: impl IntoIterator<Item = Payer>,
+        found: &[Vec<Row>],
+    ) -> Result<(), DbError> {
+        for (payer, rows) in payers.into_iter().zip(found) {
+            let account = self.read_account(&payer, rows)?;
+            self.ahead.accounts.insert(payer, account);
         }
         Ok(())
     }

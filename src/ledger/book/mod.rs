@@ -18,11 +18,13 @@ mod verify;
 
 use std::collections::{BTreeMap, HashMap};
 
+pub use ahead::Subjects;
 pub use budgets::Budget;
 pub use listing::{AuditRow, BudgetState, EventRow, KeyRow, OrgRow, PriceRow, TenantRow};
 pub use quote::Quote;
 pub use rates::RateLimit;
 pub use roll_up::{DAY_NS, RETENTION_DAYS_MIN};
+pub use running::replica_of;
 pub use setup::{KeySpec, KnownKey, PriceSpec, Role, key_hash};
 pub use verify::Problem;
 
@@ -53,8 +55,21 @@ pub fn transact<T>(
     db: &mut dyn Db,
     work: impl FnOnce(&mut Book<'_>) -> Result<T, DbError>,
 ) -> Result<(T, Vec<Event>), DbError> {
-    let done = Book::begin(db).and_then(|mut book| {
-        let value = work(&mut book)?;
+    transact_asking(db, Vec::new(), |book, _| work(book))
+}
+
+/// As [`transact`], and `work` gets the answers to `first`, which were asked for with the beginning.
+pub fn transact_asking<T>(
+    db: &mut dyn Db,
+    first: Vec<Question>,
+    work: impl FnOnce(&mut Book<'_>, Vec<Vec<Row>>) -> Result<T, DbError>,
+) -> Result<(T, Vec<Event>), DbError> {
+    let mut questions = first;
+    questions.push(counters());
+    let done = db.begin_asking(&questions).and_then(|mut answers| {
+        let counters = answers.pop().unwrap_or_default();
+        let mut book = Book::begun(db, &counters)?;
+        let value = work(&mut book, answers)?;
         Ok((value, book.flush()?))
     });
     let committed = done.and_then(|done| db.commit().map(|()| done));
@@ -69,21 +84,23 @@ pub fn inspect<T>(
     db: &mut dyn Db,
     work: impl FnOnce(&mut Book<'_>) -> Result<T, DbError>,
 ) -> Result<T, DbError> {
-    let begun = db.begin_reading();
-    let found = begun.and_then(|()| Book::begun(db)).and_then(|mut book| work(&mut book));
+    let begun = db.begin_reading().and_then(|()| {
+        let (sql, values) = counters();
+        db.query(sql, &values)
+    });
+    let found = begun.and_then(|counters| work(&mut Book::begun(db, &counters)?));
     db.rollback();
     found
 }
 
-impl<'a> Book<'a> {
-    fn begin(db: &'a mut dyn Db) -> Result<Self, DbError> {
-        db.begin()?;
-        Self::begun(db)
-    }
+fn counters() -> Question {
+    ("SELECT name, value FROM meta", Vec::new())
+}
 
-    fn begun(db: &'a mut dyn Db) -> Result<Self, DbError> {
+impl<'a> Book<'a> {
+    fn begun(db: &'a mut dyn Db, found: &[Row]) -> Result<Self, DbError> {
         let mut counters = HashMap::new();
-        for row in db.query("SELECT name, value FROM meta", &[])? {
+        for row in found {
             let name = row.text(0)?;
             if let Some(known) = COUNTERS.into_iter().find(|counter| *counter == name) {
                 counters.insert(known, row.int(1)?);

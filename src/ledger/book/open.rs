@@ -10,7 +10,7 @@ use crate::{
         rows::{Chain, Opened, Opening, Payer, Policy, Refusal},
     },
     price::{Rates, Tally, Terms},
-    types::{KeyId, ModelId, NanoUsd, OrgId, RequestId, TenantId},
+    types::{ModelId, NanoUsd, OrgId, RequestId, TenantId},
 };
 
 /// A hold above this is a mistake in a price, and would endanger the sums.
@@ -30,10 +30,7 @@ impl Book<'_> {
         opening: &Opening,
         replica: &str,
     ) -> Result<Result<Opened, Refusal>, DbError> {
-        let account = match &opening.payer {
-            Payer::Key(key) => self.account_of_key(key)?,
-            Payer::Tenant(tenant) => self.account_of_tenant(tenant)?,
-        };
+        let account = self.account(&opening.payer)?;
         let Some(Account { chain, policy }) = account else { return Ok(Err(Refusal::Key)) };
         if let Some(models) = &policy.models
             && !models.iter().any(|model| model == opening.model.as_str())
@@ -73,44 +70,35 @@ impl Book<'_> {
         Ok(Ok(Opened { chain, terms, input_tokens, granted: needed, cap, policy }))
     }
 
-    pub(super) fn account_of_key(&mut self, key: &KeyId) -> Result<Option<Account>, DbError> {
-        if let Some(known) = self.ahead.accounts.get(key) {
+    pub(super) fn account(&mut self, payer: &Payer) -> Result<Option<Account>, DbError> {
+        if let Some(known) = self.ahead.accounts.get(payer) {
             return Ok(known.clone());
         }
-        let (sql, values) = key_of(key);
+        let (sql, values) = account_of(payer);
         let rows = self.query(sql, &values)?;
-        self.read_account(key, &rows)
+        self.read_account(payer, &rows)
     }
 
-    /// The answer to [`key_of`].
+    /// The answer to [`account_of`].
     pub(super) fn read_account(
         &self,
-        key: &KeyId,
+        payer: &Payer,
         rows: &[Row],
     ) -> Result<Option<Account>, DbError> {
         let Some(row) = rows.first() else { return Ok(None) };
+        let (org, tenant) = (OrgId::new(row.text(0)?), TenantId::new(row.text(1)?));
+        let of_tenant = policy(row.text(2)?)?;
+        let Payer::Key(key) = payer else {
+            let chain = Chain { org, tenant, key: None };
+            return Ok(Some(Account { chain, policy: of_tenant }));
+        };
         // A revocation may lie ahead, while a rotated key overlaps with its successor.
         let ends_ns = row.int_or_null(4)?.into_iter().chain(row.int_or_null(5)?).min();
         if ends_ns.is_some_and(|ends_ns| ends_ns <= self.now_ns) {
             return Ok(None);
         }
-        let chain = Chain {
-            org: OrgId::new(row.text(0)?),
-            tenant: TenantId::new(row.text(1)?),
-            key: Some(key.clone()),
-        };
-        let policy = policy(row.text(3)?)?.over(policy(row.text(2)?)?);
-        Ok(Some(Account { chain, policy }))
-    }
-
-    pub(super) fn account_of_tenant(
-        &mut self,
-        tenant: &TenantId,
-    ) -> Result<Option<Account>, DbError> {
-        let sql = "SELECT org_id, settings FROM tenant WHERE id = $1";
-        let Some(row) = self.one(sql, &[tenant.as_str().into()])? else { return Ok(None) };
-        let chain = Chain { org: OrgId::new(row.text(0)?), tenant: tenant.clone(), key: None };
-        Ok(Some(Account { chain, policy: policy(row.text(1)?)? }))
+        let chain = Chain { org, tenant, key: Some(key.clone()) };
+        Ok(Some(Account { chain, policy: policy(row.text(3)?)?.over(of_tenant) }))
     }
 
     fn check_idempotency(
@@ -212,12 +200,16 @@ impl Book<'_> {
     }
 }
 
-/// What is asked to know a key.
-pub(super) fn key_of(key: &KeyId) -> Question {
-    let sql = "SELECT tenant.org_id, tenant.id, tenant.settings, api_key.settings, expires_ns,
+/// What is asked to know who pays.
+pub(super) fn account_of(payer: &Payer) -> Question {
+    let of_key = "SELECT tenant.org_id, tenant.id, tenant.settings, api_key.settings, expires_ns,
         revoked_ns FROM api_key JOIN tenant ON tenant.id = api_key.tenant_id
         WHERE api_key.id = $1";
-    (sql, vec![key.as_str().into()])
+    let of_tenant = "SELECT org_id, id, settings FROM tenant WHERE id = $1";
+    match payer {
+        Payer::Key(key) => (of_key, vec![key.as_str().into()]),
+        Payer::Tenant(tenant) => (of_tenant, vec![tenant.as_str().into()]),
+    }
 }
 
 /// The answer to [`Book::terms_of`].

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     ledger::{
         db::DbError,
-        rows::{Opening, Payer, Refusal},
+        rows::{Opening, Refusal},
     },
     price::{Tally, Terms},
     types::NanoUsd,
@@ -35,10 +35,7 @@ impl Book<'_> {
         output_tokens: u64,
         device_ns: u64,
     ) -> Result<Result<Quote, Refusal>, DbError> {
-        let account = match &opening.payer {
-            Payer::Key(key) => self.account_of_key(key)?,
-            Payer::Tenant(tenant) => self.account_of_tenant(tenant)?,
-        };
+        let account = self.account(&opening.payer)?;
         let Some(Account { chain, policy }) = account else { return Ok(Err(Refusal::Key)) };
         if let Some(models) = &policy.models
             && !models.iter().any(|model| model == opening.model.as_str())

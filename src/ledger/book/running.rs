@@ -9,12 +9,17 @@ use super::{
 };
 use crate::{
     ledger::{
-        db::DbError,
-        rows::{Bill, Denial, EndCause, EnergyRow, EventKind, Extension, Grant},
+        db::{DbError, Question, Row},
+        rows::{Bill, Denial, EndCause, EnergyRow, EventKind, Extension, Grant, Payer},
     },
     price::{Billing, Tally, usd},
     types::{NanoUsd, RequestId},
 };
+
+/// What is asked to know whether a server was given up: there is a row where it was not.
+pub fn replica_of(replica: &str) -> Question {
+    ("SELECT id FROM replica WHERE id = $1", vec![replica.into()])
+}
 
 /// Every window of every zone starts at a multiple of this, so grants within one may share a lease.
 pub(super) const SLOT_NS: i64 = 15 * 60 * 1_000_000_000;
@@ -39,7 +44,7 @@ impl Book<'_> {
         asked: &Extension,
     ) -> Result<Option<Denial>, DbError> {
         if let Some(key) = &request.chain.key
-            && self.account_of_key(key)?.is_none()
+            && self.account(&Payer::Key(key.clone()))?.is_none()
         {
             return Ok(Some(Denial::Revoked));
         }
@@ -223,11 +228,21 @@ impl Book<'_> {
         Ok(ids.len() as u64)
     }
 
-    /// Says that a server is alive until `now + ttl_ns`. False where it was given up meanwhile.
-    pub fn heartbeat(&mut self, replica: &str, ttl_ns: i64) -> Result<bool, DbError> {
+    /// Says that a server is alive until `now + ttl_ns`. False where it was given up meanwhile, as the
+    /// answer to [`replica_of`] says.
+    pub fn heartbeat(
+        &mut self,
+        replica: &str,
+        ttl_ns: i64,
+        found: &[Row],
+    ) -> Result<bool, DbError> {
+        if found.is_empty() {
+            return Ok(false);
+        }
         let sql = "UPDATE replica SET expires_ns = $1 WHERE id = $2";
         let until_ns = self.now_ns.saturating_add(ttl_ns);
-        Ok(self.execute(sql, &[until_ns.into(), replica.into()])? > 0)
+        self.write(sql, &[until_ns.into(), replica.into()])?;
+        Ok(true)
     }
 
     /// A server begins.

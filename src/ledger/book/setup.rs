@@ -14,7 +14,7 @@ use super::{
 use crate::{
     ledger::{
         db::DbError,
-        rows::{Chain, Policy},
+        rows::{Chain, Payer, Policy},
     },
     price::{Billing, Rates},
     types::{KeyId, ModelId, NanoUsd, OrgId, RequestId, TenantId},
@@ -199,7 +199,7 @@ impl Book<'_> {
 
     /// Whether a key is known and neither revoked nor expired.
     pub fn key_is_valid(&mut self, id: &KeyId) -> Result<bool, DbError> {
-        Ok(self.account_of_key(id)?.is_some())
+        Ok(self.account(&Payer::Key(id.clone()))?.is_some())
     }
 
     /// Ends a key at `at_ns`, or earlier if it ends earlier. Whether there is one.

@@ -51,8 +51,12 @@ pub enum DbError {
 
 /// One connection. A transaction is open between `begin` and `commit` or `rollback`.
 pub trait Db: Send {
-    /// Starts a transaction that no other writer can interleave with.
-    fn begin(&mut self) -> Result<(), DbError>;
+    /// Starts a transaction that no other writer can interleave with, and asks the first questions in
+    /// it, at once where there is a way to go.
+    fn begin_asking(&mut self, first: &[Question]) -> Result<Vec<Vec<Row>>, DbError>;
+    fn begin(&mut self) -> Result<(), DbError> {
+        self.begin_asking(&[]).map(drop)
+    }
     /// Starts a transaction that sees one state and writes nothing. Ends with `rollback`.
     fn begin_reading(&mut self) -> Result<(), DbError> {
         self.begin()

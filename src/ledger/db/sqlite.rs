@@ -7,7 +7,7 @@ use rusqlite::{
     types::{ToSqlOutput, Value, ValueRef},
 };
 
-use super::{Db, DbError, Row, Val};
+use super::{Db, DbError, Question, Row, Val};
 use crate::clock::Clock;
 
 /// How long a writer waits for another process, such as a command beside the server.
@@ -79,8 +79,9 @@ impl Sqlite {
 }
 
 impl Db for Sqlite {
-    fn begin(&mut self) -> Result<(), DbError> {
-        self.batch("BEGIN IMMEDIATE")
+    fn begin_asking(&mut self, first: &[Question]) -> Result<Vec<Vec<Row>>, DbError> {
+        self.batch("BEGIN IMMEDIATE")?;
+        self.query_each(first)
     }
 
     fn begin_reading(&mut self) -> Result<(), DbError> {

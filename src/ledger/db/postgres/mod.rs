@@ -9,7 +9,9 @@ mod tls;
 mod url;
 mod value;
 
-use std::{collections::HashMap, future::poll_fn, pin::Pin, task::Poll, time::Duration};
+use std::{
+    borrow::Cow, collections::HashMap, future::poll_fn, pin::Pin, task::Poll, time::Duration,
+};
 
 use futures_util::future::maybe_done;
 use tokio::{
@@ -70,17 +72,20 @@ pub struct Postgres {
     /// A statement failed: the server will not commit this transaction.
     failed: bool,
     /// Writes of the open transaction that are still to be sent, in order.
-    unsent: Vec<Ask>,
+    unsent: Vec<Ask<'static>>,
 }
 
 /// What the server is asked.
-enum Ask {
-    Rows(&'static str, Vec<Val>),
-    Change(&'static str, Vec<Val>),
+enum Ask<'a> {
+    /// Statements that begin a transaction, of which the last one tells the time.
+    Begin(&'static str),
+    Rows(&'static str, Cow<'a, [Val]>),
+    Change(&'static str, Cow<'a, [Val]>),
     Commit,
 }
 
 enum Answer {
+    Begun(Option<i64>),
     Rows(Vec<tokio_postgres::Row>),
     Changed(u64),
     Committed,
@@ -157,30 +162,29 @@ impl Postgres {
         }
     }
 
-    fn begin_with(&mut self, statements: &'static str) -> Result<(), DbError> {
+    /// Begins, and asks `first` in the same round trip. Where the beginning fails the transaction, as
+    /// a wait for the lock can, so do they; else they see what was committed before it.
+    fn begin_with(
+        &mut self,
+        statements: &'static str,
+        first: &[Question],
+    ) -> Result<Vec<Vec<Row>>, DbError> {
         (self.in_transaction, self.failed) = (false, false);
         self.unsent.clear();
-        let fresh = self.session.is_none();
-        let mut started = self.start(statements);
-        if started.is_err() && !fresh && self.session.is_none() {
-            // The server was restarted while nothing was asked of it: nothing is lost by it.
-            started = self.start(statements);
-        }
-        if started.is_err() {
+        let begun = self.send([Ask::Begin(statements)].into_iter().chain(rows_of(first)));
+        let begun = begun.and_then(|answers| {
+            let time = answers.iter().find_map(|answer| match answer {
+                Answer::Begun(time) => *time,
+                _ => None,
+            });
+            let time = time.ok_or_else(|| DbError::Corrupt("the server has no time".into()))?;
+            (self.in_transaction, self.begun_ns) = (true, Some(time));
+            read(answers)
+        });
+        if begun.is_err() {
             self.rollback();
         }
-        started
-    }
-
-    fn start(&mut self, statements: &'static str) -> Result<(), DbError> {
-        let answer = self.call(async |session| session.client.simple_query(statements).await)?;
-        let time = answer.iter().rev().find_map(|message| match message {
-            SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
-            _ => None,
-        });
-        let time = time.ok_or_else(|| DbError::Corrupt("the server has no time".into()))?;
-        (self.in_transaction, self.begun_ns, self.failed) = (true, Some(time), false);
-        Ok(())
+        begun
     }
 
     /// One call within [`CALL_MAX`]. A connection that was lost by it is dropped, and made anew by
@@ -211,20 +215,25 @@ impl Postgres {
 
 impl Postgres {
     /// Sends what is unsent and then `asks`, and waits for the answers to all of it.
-    fn send(&mut self, asks: impl IntoIterator<Item = Ask>) -> Result<Vec<Answer>, DbError> {
-        let mut all = std::mem::take(&mut self.unsent);
+    fn send<'a>(
+        &mut self,
+        asks: impl IntoIterator<Item = Ask<'a>>,
+    ) -> Result<Vec<Answer>, DbError> {
+        let mut all: Vec<Ask<'a>> = std::mem::take(&mut self.unsent);
         all.extend(asks);
         let ask = async |session: &mut Session| session.pipeline(&all).await;
         let fresh = self.session.is_none();
         let answers = self.call(ask);
-        let only_reads = all.iter().all(|ask| matches!(ask, Ask::Rows(..)));
+        let only_reads = all.iter().all(|ask| matches!(ask, Ask::Begin(_) | Ask::Rows(..)));
         if answers.is_err()
             && only_reads
             && !fresh
             && !self.in_transaction
             && self.session.is_none()
         {
-            // As at `begin`: what only reads may be asked for again.
+            // The server was restarted while nothing was asked of it: what only reads may be asked
+            // for again.
+            self.failed = false;
             return self.call(ask);
         }
         answers
@@ -252,12 +261,12 @@ impl Drop for Session {
 }
 
 impl Db for Postgres {
-    fn begin(&mut self) -> Result<(), DbError> {
-        self.begin_with(BEGIN)
+    fn begin_asking(&mut self, first: &[Question]) -> Result<Vec<Vec<Row>>, DbError> {
+        self.begin_with(BEGIN, first)
     }
 
     fn begin_reading(&mut self) -> Result<(), DbError> {
-        self.begin_with(BEGIN_READING)
+        self.begin_with(BEGIN_READING, &[]).map(drop)
     }
 
     fn commit(&mut self) -> Result<(), DbError> {
@@ -288,29 +297,24 @@ impl Db for Postgres {
     }
 
     fn query(&mut self, sql: &'static str, values: &[Val]) -> Result<Vec<Row>, DbError> {
-        let rows = self.query_each(&[(sql, values.to_vec())])?;
-        Ok(rows.into_iter().next().unwrap_or_default())
+        let answers = self.send([Ask::Rows(sql, values.into())])?;
+        Ok(read(answers)?.pop().unwrap_or_default())
     }
 
     fn query_each(&mut self, questions: &[Question]) -> Result<Vec<Vec<Row>>, DbError> {
-        let rows = |answer| match answer {
-            Answer::Rows(rows) => Some(rows.iter().map(value::row).collect()),
-            _ => None,
-        };
-        let asks = questions.iter().map(|(sql, values)| Ask::Rows(sql, values.clone()));
-        self.send(asks)?.into_iter().filter_map(rows).collect()
+        read(self.send(rows_of(questions))?)
     }
 
     fn write(&mut self, sql: &'static str, values: &[Val]) -> Result<(), DbError> {
         if !self.in_transaction {
             return self.execute(sql, values).map(drop);
         }
-        self.unsent.push(Ask::Change(sql, values.to_vec()));
+        self.unsent.push(Ask::Change(sql, values.to_vec().into()));
         Ok(())
     }
 
     fn execute(&mut self, sql: &'static str, values: &[Val]) -> Result<u64, DbError> {
-        let answers = self.send([Ask::Change(sql, values.to_vec())])?;
+        let answers = self.send([Ask::Change(sql, values.into())])?;
         match answers.last() {
             Some(Answer::Changed(rows)) => Ok(*rows),
             _ => Err(DbError::Corrupt("no count of changed rows".into())),
@@ -343,12 +347,12 @@ impl Session {
 
     /// Sends everything before it waits for the first answer, so that all of it is one round trip.
     /// What follows a failure within a transaction fails as well: the first failure is told.
-    async fn pipeline(&mut self, asks: &[Ask]) -> Result<Vec<Answer>, Error> {
+    async fn pipeline(&mut self, asks: &[Ask<'_>]) -> Result<Vec<Answer>, Error> {
         let mut statements = Vec::with_capacity(asks.len());
         for ask in asks {
             statements.push(match ask {
                 Ask::Rows(sql, _) | Ask::Change(sql, _) => Some(self.statement(sql).await?),
-                Ask::Commit => None,
+                Ask::Begin(_) | Ask::Commit => None,
             });
         }
         let client = &self.client;
@@ -361,6 +365,9 @@ impl Session {
                     (Ask::Change(_, values), Some(statement)) => {
                         Answer::Changed(client.execute(statement, &parameters(values)).await?)
                     }
+                    (Ask::Begin(statements), _) => {
+                        Answer::Begun(time(&client.simple_query(statements).await?))
+                    }
                     _ => {
                         client.batch_execute("COMMIT").await?;
                         Answer::Committed
@@ -369,16 +376,20 @@ impl Session {
             }))
         });
         let mut calls: Vec<_> = calls.collect();
-        // The first poll of each sends it, in this order.
+        // The first poll of each sends it, in this order. They are answered in the same.
         poll_fn(|context| {
-            let mut pending = false;
             for call in &mut calls {
-                pending |= Pin::new(call).poll(context).is_pending();
+                let _ = Pin::new(call).poll(context);
             }
-            if pending { Poll::Pending } else { Poll::Ready(()) }
+            Poll::Ready(())
         })
         .await;
-        calls.iter_mut().filter_map(|call| Pin::new(call).take_output()).collect()
+        let mut answers = Vec::with_capacity(calls.len());
+        for call in &mut calls {
+            Pin::new(&mut *call).await;
+            answers.extend(Pin::new(call).take_output().transpose()?);
+        }
+        Ok(answers)
     }
 }
 
@@ -409,6 +420,27 @@ async fn session(config: &Config, tls: &Tls) -> Result<Session, Error> {
     let session = Session { client, statements: HashMap::new(), driver };
     session.client.batch_execute(SESSION).await?;
     Ok(session)
+}
+
+/// The time that the last of some statements tells.
+fn time(answer: &[SimpleQueryMessage]) -> Option<i64> {
+    answer.iter().rev().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
+        _ => None,
+    })
+}
+
+fn rows_of(questions: &[Question]) -> impl Iterator<Item = Ask<'_>> {
+    questions.iter().map(|(sql, values)| Ask::Rows(sql, values.into()))
+}
+
+/// The rows among some answers, of one after the other.
+fn read(answers: Vec<Answer>) -> Result<Vec<Vec<Row>>, DbError> {
+    let rows = answers.into_iter().filter_map(|answer| match answer {
+        Answer::Rows(rows) => Some(rows.iter().map(value::row).collect()),
+        _ => None,
+    });
+    rows.collect()
 }
 
 fn parameters(values: &[Val]) -> Vec<&(dyn ToSql + Sync)> {
