@@ -96,13 +96,16 @@ impl Book<'_> {
             extended.filter_map(|request| request.chain.key.clone().map(Payer::Key)).collect();
         keys.retain(|key| !self.ahead.accounts.contains_key(key));
         let mut questions: Vec<Question> = budgets_of(&unknown);
+        let rates_at = questions.len();
         questions.extend(rates_of(&scopes));
+        let prices_at = questions.len();
         questions.extend(priced.iter().map(|(tenant, model)| self.terms_of(tenant, model)));
+        let keys_at = questions.len();
         questions.extend(keys.iter().map(account_of));
         let mut found = self.query_each(&questions)?;
-        let of_keys = found.split_off(unknown.len() + scopes.len() + priced.len());
-        let of_prices = found.split_off(unknown.len() + scopes.len());
-        let of_rates = found.split_off(unknown.len());
+        let of_keys = found.split_off(keys_at);
+        let of_prices = found.split_off(prices_at);
+        let of_rates = found.split_off(rates_at);
         self.keep_budgets(unknown, found)?;
         self.keep_rates(scopes, &of_rates)?;
         for (of, rows) in priced.into_iter().zip(&of_prices) {

@@ -1,11 +1,11 @@
 //! Budgets and the totals of their windows.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
-use super::{Book, nano};
+use super::{Book, TOGETHER, nano, of_scopes};
 use crate::{
     ledger::{
-        db::{DbError, Question, Row},
+        db::{DbError, Question, Row, Val},
         rows::{EventKind, Refusal},
         window::{Span, Zone, bounds_s, start_s},
     },
@@ -57,14 +57,17 @@ impl Headroom {
     }
 }
 
-const BUDGETS: &str =
-    "SELECT span, zone, limit_nano, soft FROM budget WHERE scope = $1 ORDER BY span";
-const TOTAL: &str = "SELECT posted, held, fired FROM window_total
-    WHERE scope = $1 AND span = $2 AND start_s = $3";
+const BUDGETS: &str = "SELECT scope, span, zone, limit_nano, soft FROM budget
+    WHERE scope IN ($1, $2, $3, $4) ORDER BY scope, span";
+const TOTALS: &str = "SELECT scope, span, start_s, posted, held, fired FROM window_total
+    WHERE (scope = $1 AND span = $2 AND start_s = $3)
+    OR (scope = $4 AND span = $5 AND start_s = $6)
+    OR (scope = $7 AND span = $8 AND start_s = $9)
+    OR (scope = $10 AND span = $11 AND start_s = $12)";
 
 /// What is asked to know the budgets of `scopes`.
 pub(super) fn budgets_of(scopes: &[String]) -> Vec<Question> {
-    scopes.iter().map(|scope| (BUDGETS, vec![scope.as_str().into()])).collect()
+    of_scopes(BUDGETS, scopes)
 }
 
 fn total_key(budget: &Budget, at_ns: i64) -> TotalKey {
@@ -98,10 +101,13 @@ impl Book<'_> {
         scopes: Vec<String>,
         found: Vec<Vec<Row>>,
     ) -> Result<(), DbError> {
-        for (scope, rows) in scopes.into_iter().zip(found) {
-            let found = rows.iter().map(|row| read(&scope, row)).collect::<Result<_, _>>()?;
-            self.budgets.insert(scope, found);
+        let mut budgets: HashMap<String, Vec<Budget>> =
+            scopes.into_iter().map(|scope| (scope, Vec::new())).collect();
+        for row in found.iter().flatten() {
+            let budget = read(row)?;
+            budgets.entry(budget.scope.clone()).or_default().push(budget);
         }
+        self.budgets.extend(budgets);
         Ok(())
     }
 
@@ -127,21 +133,22 @@ impl Book<'_> {
 
     fn read_totals(&mut self, mut keys: BTreeSet<TotalKey>) -> Result<(), DbError> {
         keys.retain(|key| !self.totals.contains_key(key));
-        let question = |(scope, span, start_s): &TotalKey| {
-            let values = vec![scope.as_str().into(), span.name().into(), (*start_s).into()];
-            (TOTAL, values)
+        let keys: Vec<TotalKey> = keys.into_iter().collect();
+        let question = |some: &[TotalKey]| {
+            let last = some.last().into_iter().cycle();
+            let values =
+                some.iter().chain(last).take(TOGETHER).flat_map(|(scope, span, start_s)| {
+                    [scope.as_str().into(), span.name().into(), (*start_s).into()]
+                });
+            (TOTALS, values.collect())
         };
-        let questions: Vec<_> = keys.iter().map(question).collect();
+        let questions: Vec<_> = keys.chunks(TOGETHER).map(question).collect();
         let found = self.query_each(&questions)?;
-        for (key, rows) in keys.into_iter().zip(found) {
-            let total = match rows.first() {
-                Some(row) => {
-                    let (posted, held) = (row.int(0)?, row.int(1)?);
-                    Total { posted, held, fired: row.int(2)?, changed: false }
-                }
-                None => Total::default(),
-            };
-            self.totals.insert(key, total);
+        self.totals.extend(keys.into_iter().map(|key| (key, Total::default())));
+        for row in found.iter().flatten() {
+            let key = (row.text(0)?.to_owned(), read_span(row)?, row.int(2)?);
+            let (posted, held) = (row.int(3)?, row.int(4)?);
+            self.totals.insert(key, Total { posted, held, fired: row.int(5)?, changed: false });
         }
         Ok(())
     }
@@ -267,23 +274,32 @@ impl Book<'_> {
     }
 
     pub(super) fn write_totals(&mut self) -> Result<(), DbError> {
-        for ((scope, span, start_s), total) in std::mem::take(&mut self.totals) {
-            if !total.changed {
-                continue;
-            }
+        let totals = std::mem::take(&mut self.totals).into_iter();
+        let changed: Vec<(TotalKey, Total)> = totals.filter(|(_, total)| total.changed).collect();
+        let (four, rest) = changed.as_chunks::<TOGETHER>();
+        let values = |((scope, span, start_s), total): &(TotalKey, Total)| {
+            let Total { posted, held, fired, .. } = *total;
+            let key = [scope.as_str().into(), span.name().into(), (*start_s).into()];
+            key.into_iter().chain([posted.into(), held.into(), fired.into()])
+        };
+        for some in four {
+            let values: Vec<Val> = some.iter().flat_map(values).collect();
+            self.write(
+                "INSERT INTO window_total (scope, span, start_s, posted, held, fired)
+                VALUES ($1, $2, $3, $4, $5, $6), ($7, $8, $9, $10, $11, $12),
+                ($13, $14, $15, $16, $17, $18), ($19, $20, $21, $22, $23, $24)
+                ON CONFLICT (scope, span, start_s) DO UPDATE
+                SET posted = excluded.posted, held = excluded.held, fired = excluded.fired",
+                &values,
+            )?;
+        }
+        for one in rest {
             self.write(
                 "INSERT INTO window_total (scope, span, start_s, posted, held, fired)
                 VALUES ($1, $2, $3, $4, $5, $6)
                 ON CONFLICT (scope, span, start_s) DO UPDATE
                 SET posted = excluded.posted, held = excluded.held, fired = excluded.fired",
-                &[
-                    scope.into(),
-                    span.name().into(),
-                    start_s.into(),
-                    total.posted.into(),
-                    total.held.into(),
-                    total.fired.into(),
-                ],
+                &values(one).collect::<Vec<Val>>(),
             )?;
         }
         Ok(())
@@ -395,20 +411,27 @@ fn passed(budget: &Budget, posted: i64) -> i64 {
     bits.filter(|(_, percent)| reached(**percent)).map(|(index, _)| 1 << index).sum()
 }
 
+/// The second column.
+fn read_span(row: &Row) -> Result<Span, DbError> {
+    let name = row.text(1)?;
+    Span::parse(name).ok_or_else(|| DbError::Corrupt(format!("a window of the span {name}")))
+}
+
 fn describe(budget: &Budget, posted: i64) -> String {
     let (spent, limit) = (usd::format(NanoUsd(posted.into())), usd::format(budget.limit));
     format!("{spent} of {limit} USD spent in this {}", budget.span.name())
 }
 
-/// The columns `span, zone, limit_nano, soft`.
-pub(super) fn read(scope: &str, row: &Row) -> Result<Budget, DbError> {
+/// The columns `scope, span, zone, limit_nano, soft`.
+pub(super) fn read(row: &Row) -> Result<Budget, DbError> {
+    let scope = row.text(0)?;
     let corrupt = |what: &str| DbError::Corrupt(format!("budget of {scope}: {what}"));
-    let soft = row.text(3)?.split(',').filter(|part| !part.is_empty());
+    let soft = row.text(4)?.split(',').filter(|part| !part.is_empty());
     Ok(Budget {
         scope: scope.to_owned(),
-        span: Span::parse(row.text(0)?).ok_or_else(|| corrupt("span"))?,
-        zone: Zone::parse(row.text(1)?).ok_or_else(|| corrupt("zone"))?,
-        limit: NanoUsd(row.int(2)?.into()),
+        span: Span::parse(row.text(1)?).ok_or_else(|| corrupt("span"))?,
+        zone: Zone::parse(row.text(2)?).ok_or_else(|| corrupt("zone"))?,
+        limit: NanoUsd(row.int(3)?.into()),
         soft_percent: soft
             .map(|part| part.parse().map_err(|_| corrupt("soft")))
             .collect::<Result<_, _>>()?,

@@ -201,6 +201,19 @@ impl<'a> Book<'a> {
     }
 }
 
+/// Rows that one statement reads or writes: what a request needs is four scopes, and a statement costs
+/// more than a row.
+const TOGETHER: usize = 4;
+
+/// Asks for `scopes`, [`TOGETHER`] in a statement. The last one is repeated where there are fewer.
+fn of_scopes(sql: &'static str, scopes: &[String]) -> Vec<Question> {
+    let question = |some: &[String]| {
+        let all = some.iter().chain(some.last().into_iter().cycle()).take(TOGETHER);
+        (sql, all.map(|scope| scope.as_str().into()).collect())
+    };
+    scopes.chunks(TOGETHER).map(question).collect()
+}
+
 /// Amounts fit 64 bits: 9 billion USD in nano-USD. What does not is kept at the edge, where every
 /// limit refuses it.
 fn nano(amount: crate::types::NanoUsd) -> i64 {

@@ -3,7 +3,9 @@
 //! Rates are the generic cell rate algorithm (ITU-T I.371): one number a limit, the time at which
 //! all that was used is paid off. A minute's worth may be used at once.
 
-use super::Book;
+use std::collections::HashMap;
+
+use super::{Book, of_scopes};
 use crate::ledger::{
     db::{DbError, Question, Row},
     rows::Refusal,
@@ -31,11 +33,11 @@ impl Book<'_> {
     /// What is limited among `scopes`, with how far it is used.
     fn rates<'a>(&mut self, scopes: &'a [String]) -> Result<Vec<(&'a String, State)>, DbError> {
         let known = |scope: &String| self.ahead.rates.get(scope).cloned();
-        let states = match scopes.iter().map(known).collect() {
+        let states: Vec<_> = match scopes.iter().map(known).collect() {
             Some(known) => known,
             None => {
-                let found = self.query_each(&rates_of(scopes))?;
-                found.iter().map(|rows| state(rows)).collect::<Result<Vec<_>, _>>()?
+                let found = states(&self.query_each(&rates_of(scopes))?)?;
+                scopes.iter().map(|scope| found.get(scope.as_str()).cloned()).collect()
             }
         };
         let of_scope = scopes.iter().zip(states);
@@ -48,9 +50,12 @@ impl Book<'_> {
         scopes: Vec<String>,
         found: &[Vec<Row>],
     ) -> Result<(), DbError> {
-        for (scope, rows) in scopes.into_iter().zip(found) {
-            self.ahead.rates.insert(scope, state(rows)?);
-        }
+        let mut found = states(found)?;
+        let states = scopes.into_iter().map(|scope| {
+            let state = found.remove(&scope);
+            (scope, state)
+        });
+        self.ahead.rates.extend(states);
         Ok(())
     }
 
@@ -151,20 +156,24 @@ impl Book<'_> {
 /// What is asked to know what is limited among `scopes`.
 pub(super) fn rates_of(scopes: &[String]) -> Vec<Question> {
     let sql = "SELECT requests_per_minute, tokens_per_minute, sequences_max, requests_free_ns,
-        tokens_free_ns, sequences FROM rate_limit WHERE scope = $1";
-    scopes.iter().map(|scope| (sql, vec![scope.as_str().into()])).collect()
+        tokens_free_ns, sequences, scope FROM rate_limit WHERE scope IN ($1, $2, $3, $4)";
+    of_scopes(sql, scopes)
 }
 
-/// `None` where there is no limit.
-fn state(rows: &[Row]) -> Result<Option<State>, DbError> {
-    let Some(row) = rows.first() else { return Ok(None) };
+/// The answers to [`rates_of`]: of scopes that have a limit.
+fn states(found: &[Vec<Row>]) -> Result<HashMap<String, State>, DbError> {
+    let of_scope = |row: &Row| Ok((row.text(6)?.to_owned(), state(row)?));
+    found.iter().flatten().map(of_scope).collect()
+}
+
+fn state(row: &Row) -> Result<State, DbError> {
     let limit = RateLimit {
         requests_per_minute: row.int_or_null(0)?,
         tokens_per_minute: row.int_or_null(1)?,
         sequences_max: row.int_or_null(2)?,
     };
     let (requests_free_ns, tokens_free_ns) = (row.int(3)?, row.int(4)?);
-    Ok(Some(State { limit, requests_free_ns, tokens_free_ns, sequences: row.int(5)? }))
+    Ok(State { limit, requests_free_ns, tokens_free_ns, sequences: row.int(5)? })
 }
 
 impl State {

@@ -196,8 +196,8 @@ impl Book<'_> {
     fn verify_windows(&mut self, found: &mut Findings) -> Result<(), DbError> {
         let (mut slots, mut rows) = (self.slots()?, self.window_rows()?);
         let mut budgets = Vec::new();
-        for row in self.query("SELECT span, zone, limit_nano, soft, scope FROM budget", &[])? {
-            budgets.push(read(row.text(4)?, &row)?);
+        for row in self.query("SELECT scope, span, zone, limit_nano, soft FROM budget", &[])? {
+            budgets.push(read(&row)?);
         }
         for budget in budgets {
             let mut should: BTreeMap<i64, Sums> = BTreeMap::new();
