@@ -1,6 +1,8 @@
 //! The CUDA kernels of `kernels/`, compiled as C++ and run on the CPU under AddressSanitizer, against
 //! slow references in f64.
 
+mod attention;
+mod attention_decode;
 mod cache;
 mod emulator;
 mod harness;
