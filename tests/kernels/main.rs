@@ -3,6 +3,7 @@
 
 mod attention;
 mod attention_decode;
+mod attention_prefill;
 mod cache;
 mod emulator;
 mod harness;
