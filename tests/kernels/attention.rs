@@ -1,6 +1,9 @@
 //! Sequences in a paged cache, and their attention in f64 with a bound of what a kernel may differ.
 
-use crate::values::{POISON, Random, Type};
+use crate::{
+    emulator::Emulator,
+    values::{POISON, Random, Type},
+};
 
 pub const BLOCK_TOKENS: usize = 16;
 /// A table's entry that no kernel has reason to read; a block so far away is not there.
@@ -103,21 +106,75 @@ impl Step {
         from[..self.heads.dim].iter().map(|x| self.heads.of.widen(*x)).collect()
     }
 
-    /// Checks `y`, a row of the step that is query `query` of a sequence.
-    pub fn check(&self, what: &str, row: usize, sequence: usize, query: usize, y: &[u16]) {
-        let Sequence { len, queries } = self.sequences[sequence];
-        for head in 0..self.heads.heads() {
-            let q = self.vector(&self.q[row * self.heads.q_stride() + head * self.heads.dim..]);
-            let (exact, most) = self.attend(&q, sequence, len - queries + query, head);
-            for (at, (exact, most)) in exact.into_iter().zip(most).enumerate() {
-                let ours = self.heads.of.widen(y[head * self.heads.dim + at]);
-                assert!(
-                    (ours - exact).abs() <= most,
-                    "{what}, sequence {sequence} of {len}, query {query}, head {head}, {at}: \
-                     {ours} for {exact}, within {most}"
-                );
+    /// Sets K (`false`) and V (`true`) of all tokens that are not poison, by token and element.
+    pub fn set_kv(&mut self, value: impl Fn(bool, usize, usize) -> f64) {
+        let dim = self.heads.dim;
+        for sequence in 0..self.sequences.len() {
+            for token in 0..self.sequences[sequence].len {
+                let entry = self.tables[sequence * self.table_stride + token / BLOCK_TOKENS];
+                for kv_head in (0..2 * self.heads.kv_heads).filter(|_| entry != NO_BLOCK) {
+                    let at = self.place(sequence, token, kv_head);
+                    for (index, x) in self.cache[at..at + dim].iter_mut().enumerate() {
+                        if *x != POISON {
+                            let value = value(kv_head >= self.heads.kv_heads, token, index);
+                            *x = self.heads.of.round(value);
+                        }
+                    }
+                }
             }
         }
+    }
+
+    /// Only some of the sequences, with their last rows.
+    pub fn part(&self, picked: &[(usize, Sequence)]) -> Self {
+        let (stride, mut q, mut tables) = (self.heads.q_stride(), Vec::new(), Vec::new());
+        for (index, Sequence { len, queries }) in picked {
+            let table = &self.tables[index * self.table_stride..][..self.table_stride];
+            tables.extend(table);
+            let first = self.sequences[..*index].iter().map(|s| s.queries).sum::<usize>();
+            let whole = self.sequences[*index];
+            let end = first + whole.queries - (whole.len - len);
+            q.extend(&self.q[(end - queries) * stride..end * stride]);
+        }
+        let sequences = picked.iter().map(|(_, sequence)| *sequence).collect();
+        Self { sequences, q, tables, cache: self.cache.clone(), ..*self }
+    }
+
+    /// Checks `y`: each row, and one more, which nothing may have written.
+    pub fn check(&self, y: &[u16]) -> Result<(), String> {
+        let mut rows = y.chunks(self.heads.heads() * self.heads.dim).enumerate();
+        for (index, sequence) in self.sequences.iter().enumerate() {
+            for query in 0..sequence.queries {
+                let (row, y) = rows.next().ok_or("too few rows")?;
+                if sequence.len > 0 {
+                    self.check_row(row, index, query, y)?;
+                } else if y.iter().any(|y| *y != 0) {
+                    return Err(format!("padding row {row} is not zeros"));
+                }
+            }
+        }
+        let (_, spare) = rows.next().ok_or("no spare row")?;
+        if spare.iter().any(|y| *y != POISON) { Err("a row too many".into()) } else { Ok(()) }
+    }
+
+    fn check_row(&self, row: usize, index: usize, query: usize, y: &[u16]) -> Result<(), String> {
+        let Sequence { len, queries } = self.sequences[index];
+        for head in 0..self.heads.heads() {
+            let q = self.vector(&self.q[row * self.heads.q_stride() + head * self.heads.dim..]);
+            let (exact, most) = self.attend(&q, index, len - queries + query, head);
+            for (at, (exact, most)) in exact.into_iter().zip(most).enumerate() {
+                let ours = self.heads.of.widen(y[head * self.heads.dim + at]);
+                // Not a NaN either.
+                if (ours - exact).abs() <= most {
+                    continue;
+                }
+                return Err(format!(
+                    "sequence {index} of {len}, query {query}, head {head}, element {at}: {ours} for \
+                     {exact}, within {most}"
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Each element and how far a kernel's may be from it. With u half a unit of the type:
@@ -162,4 +219,66 @@ impl Step {
         }
         (exact, most)
     }
+}
+
+/// Scores of `2^30` and more that only one token has: its V is the result, exactly.
+pub fn large_scores(heads: Heads, sequences: &[Sequence]) -> Step {
+    let mut step = Step::new(heads, sequences, &mut Random::new(3));
+    let stride = heads.q_stride();
+    for row in step.q.chunks_mut(stride) {
+        for (at, x) in row[..heads.heads() * heads.dim].iter_mut().enumerate() {
+            *x = heads.of.round(if at % heads.dim == 3 { 32768.0 } else { 0.0 });
+        }
+    }
+    step.set_kv(|is_v, token, at| match (is_v, at) {
+        (true, _) => (token * 64 + at) as f64 / 64.0,
+        (false, 3) => 1024.0 * (rank(token) as f64 - 20.0),
+        (false, _) => 0.0,
+    });
+    step
+}
+
+/// Tokens below 61 in another order.
+fn rank(token: usize) -> usize {
+    token * 7 % 61
+}
+
+pub fn check_large_scores(step: &Step, y: &[u16]) {
+    let Heads { of, dim, .. } = step.heads;
+    let mut rows = y.chunks(step.heads.heads() * dim);
+    for Sequence { len, queries } in &step.sequences {
+        for position in len - queries..*len {
+            let winner = step.seen(position).max_by_key(|token| rank(*token)).expect("a token");
+            for (at, y) in rows.next().expect("a row for each").iter().enumerate() {
+                let exact = of.round((winner * 64 + at % dim) as f64 / 64.0);
+                assert_eq!(*y, exact, "{:?}, position {position}, {at}", step.heads);
+            }
+        }
+    }
+}
+
+/// Values at the type's limit, of one sign in a third of the elements and else of both: sums of them
+/// must not overflow.
+pub fn large_values(heads: Heads, sequences: &[Sequence]) -> Step {
+    let mut step = Step::new(heads, sequences, &mut Random::new(4));
+    let limit = match heads.of {
+        Type::Bf16 => half::bf16::MAX.to_f64(),
+        Type::F16 => half::f16::MAX.to_f64(),
+    };
+    step.set_kv(|is_v, token, at| {
+        let small = ((token * 13 + at * 5) % 11) as f64 / 11.0 - 0.5;
+        let sign = if at % 3 != 0 && (token + at) % 2 == 0 { -1.0 } else { 1.0 };
+        if is_v { sign * limit } else { small }
+    });
+    step
+}
+
+/// A kernel's source with one thing broken, of which only the entry for bf16 and 64 is built.
+pub fn broken(name: &str, from: &str, to: &str) -> Emulator {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("kernels/{name}.cu"));
+    let source = std::fs::read_to_string(path).expect("a kernel of that name");
+    assert_eq!(source.matches(from).count(), 1, "{from}");
+    let other = |line: &&str| line.starts_with("ATTENTION_") && !line.ends_with("(bf16, 64)");
+    let kept: Vec<&str> = source.lines().filter(|line| !other(line)).collect();
+    Emulator::build(name, &kept.join("\n").replace(from, to))
 }

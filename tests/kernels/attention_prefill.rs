@@ -1,7 +1,8 @@
 //! attention_prefill: chunks of prompts, ragged.
 
 use crate::{
-    attention::{Heads, Sequence, Step},
+    attention::{Heads, Sequence, Step, broken, check_large_scores, large_scores, large_values},
+    attention_decode::{self, Kernels, Split},
     emulator::{Arg, Emulator, Launch},
     values::{POISON, Random, Type, halves, read_halves, words},
 };
@@ -44,23 +45,21 @@ fn run(emulator: &Emulator, step: &Step, spare_tiles: usize) -> Result<Vec<u16>,
     Ok(read_halves(&emulator.run(&buffers, &[launch])?[5]))
 }
 
+fn heads(of: Type, dim: usize, kv_heads: usize, group: usize, window: usize) -> Heads {
+    Heads { of, dim, kv_heads, group, window, scale: 1.0 / (dim as f32).sqrt() }
+}
+
+/// Sequences of (length, queries).
+fn sequences(of: &[(usize, usize)]) -> Vec<Sequence> {
+    of.iter().map(|(len, queries)| Sequence { len: *len, queries: *queries }).collect()
+}
+
 /// Sequences of (length, queries) against the reference.
-fn check(emulator: &Emulator, heads: Heads, sequences: &[(usize, usize)]) {
-    let what = format!("{heads:?}, {sequences:?}");
-    let sequences: Vec<Sequence> =
-        sequences.iter().map(|(len, queries)| Sequence { len: *len, queries: *queries }).collect();
-    let seed = sequences.iter().map(|sequence| sequence.len + sequence.queries).sum::<usize>();
-    let step = Step::new(heads, &sequences, &mut Random::new((seed + heads.group) as u64));
-    let y = run(emulator, &step, seed % 3).expect(&what);
-    let mut rows = y.chunks(heads.heads() * heads.dim).enumerate();
-    for (index, sequence) in sequences.iter().enumerate() {
-        for query in 0..sequence.queries {
-            let (row, y) = rows.next().expect("a row for each");
-            step.check(&what, row, index, query, y);
-        }
-    }
-    let (_, spare) = rows.next().expect("the spare row");
-    assert!(spare.iter().all(|y| *y == POISON), "{what}: a row too many");
+fn check(emulator: &Emulator, heads: Heads, of: &[(usize, usize)]) {
+    let what = format!("{heads:?}, {of:?}");
+    let seed = of.iter().map(|(len, queries)| len + queries).sum::<usize>();
+    let step = Step::new(heads, &sequences(of), &mut Random::new((seed + heads.group) as u64));
+    step.check(&run(emulator, &step, seed % 3).expect(&what)).expect(&what);
 }
 
 #[test]
@@ -68,19 +67,104 @@ fn prefill_attends() {
     let emulator = Emulator::of("attention_prefill");
     for of in Type::ALL {
         for dim in [64, 128] {
-            let heads = |kv_heads, group, window| Heads {
-                of,
-                dim,
-                kv_heads,
-                group,
-                window,
-                scale: 1.0 / (dim as f32).sqrt(),
-            };
-            let now = std::time::Instant::now();
-            check(&emulator, heads(1, 1, 0), &[(1, 1)]);
-            eprintln!("{:?}", now.elapsed());
-            check(&emulator, heads(2, 3, 0), &[(70, 45), (0, 0), (33, 1), (16, 16)]);
-            eprintln!("{:?}", now.elapsed());
+            let heads = |kv_heads, group| heads(of, dim, kv_heads, group, 0);
+            check(&emulator, heads(1, 1), &[(1, 1)]);
+            check(&emulator, heads(2, 3), &[(70, 45), (0, 0), (33, 1), (16, 16), (40, 0)]);
+            check(&emulator, heads(1, 1), &[(200, 200)]);
+            check(&emulator, heads(1, 4), &[(150, 33), (17, 15), (300, 3)]);
         }
     }
+    let small = |group| heads(Type::Bf16, 64, 1, group, 0);
+    for group in 1..=8 {
+        check(&emulator, small(group), &[(group, 1), (62 + group, 40), (31 * group, 7)]);
+    }
+    check(&emulator, small(2), &[(0, 0)]);
+    check(&emulator, small(2), &[(0, 0), (65, 64), (0, 0), (0, 0)]);
+    let many: Vec<(usize, usize)> =
+        (0..65).map(|at| (at * 37 % 83, (at * 37 % 83).min(at % 4))).collect();
+    check(&emulator, small(5), &many);
+    for edge in [15, 16, 17, 63, 64, 65, 127, 128, 129] {
+        check(&emulator, small(1), &[(edge, edge), (edge + 1, 1)]);
+    }
+}
+
+#[test]
+fn prefill_attends_within_a_window() {
+    let emulator = Emulator::of("attention_prefill");
+    for (of, dim) in [(Type::Bf16, 128), (Type::F16, 64)] {
+        for window in [1, 7, 16, 17, 64, 65, 1000] {
+            check(&emulator, heads(of, dim, 1, 3, window), &[(131, 50), (66, 1), (80, 16)]);
+        }
+        check(&emulator, heads(of, dim, 1, 1, 90), &[(300, 140)]);
+    }
+}
+
+/// Bit for bit: a prompt at once, in chunks of any size, beside others, token by token.
+#[test]
+fn a_row_does_not_depend_on_chunks() {
+    let emulator = Emulator::of("attention_prefill");
+    for window in [0, 50] {
+        let heads = heads(Type::Bf16, 64, 1, 2, window);
+        let whole = Step::new(heads, &sequences(&[(150, 150), (90, 9)]), &mut Random::new(6));
+        let at_once = run(&emulator, &whole, 0).expect("it runs");
+        let elements = heads.heads() * heads.dim;
+        let mut ends = vec![37, 38, 64, 129, 150];
+        for queries in std::iter::once(37).chain([1, 26, 65, 21]) {
+            let len = ends.remove(0);
+            let chunk = [(1, Sequence { len: 90, queries: 9 }), (0, Sequence { len, queries })];
+            let y = run(&emulator, &whole.part(&chunk), 1).expect("it runs");
+            let (first, count) = ((len - queries) * elements, queries * elements);
+            assert!(y[9 * elements..][..count] == at_once[first..][..count], "up to {len}");
+            assert!(y[..9 * elements] == at_once[150 * elements..][..9 * elements]);
+        }
+    }
+}
+
+/// Both within the bound of the same reference.
+#[test]
+fn rows_of_one_token_agree_with_decode() {
+    let (emulator, kernels) = (Emulator::of("attention_prefill"), Kernels::new());
+    for of in Type::ALL {
+        for (dim, window) in [(64, 0), (128, 100)] {
+            let lens = [(1, 1), (64, 1), (200, 1), (333, 1)];
+            let step =
+                Step::new(heads(of, dim, 2, 4, window), &sequences(&lens), &mut Random::new(8));
+            let prefill = run(&emulator, &step, 0).expect("it runs");
+            let split = Split { splits: 2, chunk_blocks: 4 };
+            let decode = attention_decode::run(&kernels, &step, split).expect("it runs");
+            step.check(&prefill).expect("prefill");
+            step.check(&decode).expect("decode");
+        }
+    }
+}
+
+#[test]
+fn large_scores_and_values_are_exact_and_finite() {
+    let emulator = Emulator::of("attention_prefill");
+    for of in Type::ALL {
+        for dim in [64, 128] {
+            let step = large_scores(heads(of, dim, 1, 4, 20), &sequences(&[(61, 40), (16, 16)]));
+            check_large_scores(&step, &run(&emulator, &step, 0).expect("it runs"));
+            let step = large_values(heads(of, dim, 1, 4, 0), &sequences(&[(150, 20)]));
+            step.check(&run(&emulator, &step, 0).expect("it runs")).expect("within bounds");
+        }
+    }
+}
+
+#[test]
+fn what_is_broken_is_noticed() {
+    let check = |from: &str, to: &str| {
+        let emulator = broken("attention_prefill", from, to);
+        let of = sequences(&[(150, 70), (0, 0), (33, 30)]);
+        let step = Step::new(heads(Type::Bf16, 64, 2, 3, 100), &of, &mut Random::new(1));
+        let y = run(&emulator, &step, 0);
+        assert!(y.and_then(|y| step.check(&y)).is_err(), "{to} in place of {from}");
+    };
+    check("cp_async_wait<SLOTS - 2>()", "cp_async_wait<SLOTS - 1>()");
+    check("position >= begin && position < end;", "position >= begin;");
+    check("at < begin || at >= end", "at < begin || at > end");
+    check("first + KEYS > window_start", "first > window_start");
+    check("if (__ballot_sync(ALL_LANES, larger) == 0) return;", "return;");
+    check("op.cu_seqlens_q[seq] * op.group / ROWS + seq", "op.cu_seqlens_q[seq] * op.group / ROWS");
+    check("__syncthreads();\n    const Pack<T>* at", "const Pack<T>* at");
 }
