@@ -60,6 +60,7 @@ __device__ inline uint32_t lane() { return threadIdx.x % WARP; }
 __device__ inline uint32_t warp() { return threadIdx.x / WARP; }
 
 __device__ constexpr uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+__device__ inline uint32_t min_of(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // The sum over groups of LANES neighbouring lanes, in each of them.
 template <uint32_t LANES = WARP>

@@ -9,6 +9,8 @@
     run(args);                                                         \
   }
 #define SHARED(TYPE, NAME, COUNT) __shared__ TYPE NAME[COUNT]
+// More than 48 KiB; the launcher says how much.
+#define DYNAMIC_SHARED(NAME) extern __shared__ __align__(16) unsigned char NAME[]
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -40,6 +42,29 @@ template <>
 __device__ inline f16 from_float<f16>(float x) {
   f16 to;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(in_range_of_f16(x)));
+  return to;
+}
+
+// Both rounded, `low` in the low half; for values within the range of T.
+template <typename T>
+__device__ uint32_t narrow_pair(float low, float high);
+template <>
+__device__ inline uint32_t narrow_pair<bf16>(float low, float high) {
+  uint32_t to;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(to) : "f"(high), "f"(low));
+  return to;
+}
+template <>
+__device__ inline uint32_t narrow_pair<f16>(float low, float high) {
+  uint32_t to;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(to) : "f"(high), "f"(low));
+  return to;
+}
+
+// 2^x within 2^-22; 0 for -infinity and where the result would be subnormal.
+__device__ inline float exp2_fast(float x) {
+  float to;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(to) : "f"(x));
   return to;
 }
 

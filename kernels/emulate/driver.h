@@ -1,7 +1,8 @@
 // main() of an emulated kernel: `driver REQUEST RESPONSE`, files in the machine's byte order.
 //
 // Request: u32 buffers, each u64 bytes and the bytes; u32 launches, each a name (u32 length, bytes),
-// grid and block (3 u32 each), arguments (u32 length, bytes) and u32 pointers in them, each u32 place in the arguments and u32 buffer. Response: the buffers.
+// grid and block (3 u32 each), u32 bytes of dynamic shared memory, arguments (u32 length, bytes) and
+// u32 pointers in them, each u32 place in the arguments and u32 buffer. Response: the buffers.
 #pragma once
 
 #include <string>
@@ -9,6 +10,8 @@
 namespace emulate {
 
 constexpr uint32_t THREADS_MAX = 1024;
+// What a block can have on every capability from 8.0 on.
+constexpr uint32_t DYNAMIC_SHARED_MAX = 99 << 10;
 
 struct Kernel {
   std::string name;
@@ -29,6 +32,7 @@ struct Pointer {
 struct Launch {
   std::string name;
   Dim grid, block;
+  uint32_t shared_bytes;
   std::string args;
   std::vector<Pointer> pointers;
 };
@@ -76,6 +80,7 @@ inline const Kernel& find(const Launch& launch) {
     if (threads == 0 || threads > kernel.threads_max || threads > THREADS_MAX) {
       refuse(launch.name + " does not take " + std::to_string(threads) + " threads");
     }
+    if (launch.shared_bytes > DYNAMIC_SHARED_MAX) refuse(launch.name + " has too much shared memory");
     return kernel;
   }
   refuse("there is no " + launch.name);
@@ -104,12 +109,16 @@ inline void run_launch(const Launch& launch, const std::vector<Buffer>& buffers)
     world.fibers.back().index = uint32_t(world.fibers.size() - 1);
     world.fibers.back().stack = static_cast<unsigned char*>(aligned_alloc(64, STACK_BYTES));
   }
+  std::string poison(launch.shared_bytes, static_cast<char>(SHARED_POISON));
   uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
   for (uint64_t i = 0; i < blocks; i++) {
     uint64_t at = world.backwards ? blocks - 1 - i : i;
     blockIdx = {uint32_t(at % gridDim.x), uint32_t(at / gridDim.x % gridDim.y),
                 uint32_t(at / gridDim.x / gridDim.y)};
+    Buffer shared(poison);
+    world.dynamic_shared = shared.data;
     run_block();
+    free(shared.data);
   }
 }
 
@@ -118,6 +127,7 @@ inline Launch read_launch(Reader& in) {
   launch.name = in.bytes(in.value<uint32_t>());
   launch.grid = in.value<Dim>();
   launch.block = in.value<Dim>();
+  launch.shared_bytes = in.value<uint32_t>();
   launch.args = in.bytes(in.value<uint32_t>());
   launch.pointers.resize(in.value<uint32_t>());
   for (Pointer& pointer : launch.pointers) pointer = in.value<Pointer>();

@@ -48,6 +48,7 @@ struct World {
   bool backwards = false;
   // Blocks so far: what was left in shared memory by an earlier one is poisoned.
   uint64_t block = 0;
+  unsigned char* dynamic_shared = nullptr;
 };
 static World world;
 

@@ -27,6 +27,7 @@ inline void poison_once_a_block(T* array, size_t bytes, uint64_t& seen) {
   static TYPE NAME[COUNT];             \
   static uint64_t NAME##_seen;         \
   emulate::poison_once_a_block(NAME, sizeof(NAME), NAME##_seen)
+#define DYNAMIC_SHARED(NAME) unsigned char* NAME = emulate::world.dynamic_shared
 #define __syncthreads() emulate::wait_for_block(__LINE__)
 
 inline float __uint_as_float(uint32_t bits) {
@@ -41,6 +42,10 @@ inline uint32_t __float_as_uint(float x) {
 }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
+inline float exp2_fast(float x) {
+  float to = exp2f(x);
+  return to < 0x1p-126f ? 0.0f : to;
+}
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -77,6 +82,11 @@ inline f16 from_float<f16>(float x) {
   uint32_t count = static_cast<uint32_t>(nearbyintf(ldexpf(size, -unit)));
   uint32_t bits = unit == -24 ? count : count + (uint32_t(unit + 24) << 10);
   return {static_cast<uint16_t>(sign | (bits > 0x7bff ? 0x7bff : bits))};
+}
+
+template <typename T>
+inline uint32_t narrow_pair(float low, float high) {
+  return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
 }
 
 template <typename V>

@@ -70,7 +70,13 @@ impl RopeCase {
         }
         args.extend([Arg::U32(self.heads as u32), Arg::U32(self.kv_heads as u32), Arg::F32(EPS)]);
         let kernel = format!("rope_{}_{dim}", of.name());
-        let launch = Launch { kernel, grid: [rows as u32, self.parts, 1], threads: 64, args };
+        let launch = Launch {
+            kernel,
+            grid: [rows as u32, self.parts, 1],
+            threads: 64,
+            shared_bytes: 0,
+            args,
+        };
         let after = emulator.run(&buffers, &[launch]).expect("it runs");
         let (new_qkv, mut new_cache) = (read_halves(&after[0]), read_halves(&after[1]));
         for (row, (slot, position)) in self.slots.iter().zip(&positions).enumerate() {
@@ -156,7 +162,8 @@ fn blocks_are_copied_in_order_in_all_layers() {
             Arg::U32(pairs.len() as u32),
         ];
         let grid = [parts, layers as u32, 1];
-        let launch = Launch { kernel: "block_copy".into(), grid, threads: 32, args };
+        let launch =
+            Launch { kernel: "block_copy".into(), grid, threads: 32, shared_bytes: 0, args };
         let after = emulator.run(&[before, words(&flat)], &[launch]).expect("it runs");
         assert!(after[0] == expected, "{pairs:?} of {block_bytes} bytes");
     };
@@ -185,7 +192,7 @@ fn decodes_advance_on_the_device() {
         let mut args: Vec<Arg> = (0..5).map(Arg::Buffer).collect();
         args.extend([Arg::U32(stride as u32), Arg::U32(seqs as u32)]);
         let grid = [seqs.div_ceil(32) as u32, 1, 1];
-        let launch = Launch { kernel: "advance".into(), grid, threads: 32, args };
+        let launch = Launch { kernel: "advance".into(), grid, threads: 32, shared_bytes: 0, args };
         let after = emulator.run(&buffers, &[launch]).expect("it runs");
         let (new_lens, positions) = (read_words(&after[0]), read_words(&after[1]));
         let slots = after[2].as_chunks::<8>().0.iter().map(|eight| i64::from_ne_bytes(*eight));

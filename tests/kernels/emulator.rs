@@ -116,6 +116,8 @@ pub struct Launch {
     pub kernel: String,
     pub grid: [u32; 3],
     pub threads: u32,
+    /// Dynamic shared memory.
+    pub shared_bytes: u32,
     pub args: Vec<Arg>,
 }
 
@@ -124,7 +126,7 @@ impl Launch {
         let word = |value: u32, to: &mut Vec<u8>| to.extend(value.to_ne_bytes());
         word(self.kernel.len() as u32, to);
         to.extend(self.kernel.as_bytes());
-        for size in self.grid.into_iter().chain([self.threads, 1, 1]) {
+        for size in self.grid.into_iter().chain([self.threads, 1, 1, self.shared_bytes]) {
             word(size, to);
         }
         let (args, pointers) = self.lay_out();

@@ -19,6 +19,7 @@ fn check(name: &str, body: &str, complaint: &str) -> Vec<u32> {
         kernel: "test".into(),
         grid: [1, 1, 1],
         threads: 64,
+        shared_bytes: 0,
         args: vec![Arg::Buffer(0), Arg::Buffer(1)],
     };
     let buffers = [words(&numbers), words(&[77; 64])];
@@ -76,7 +77,7 @@ fn the_16_bit_types_round_as_they_should() {
     let bytes = crate::values::bytes_of(&values, f32::to_ne_bytes);
     let mut args: Vec<Arg> = (0..3).map(Arg::Buffer).collect();
     args.push(Arg::U32(values.len() as u32));
-    let launch = Launch { kernel: "test".into(), grid: [1; 3], threads: 32, args };
+    let launch = Launch { kernel: "test".into(), grid: [1; 3], threads: 32, shared_bytes: 0, args };
     let buffers = [bytes, zeros.clone(), [zeros.clone(), zeros].concat()];
     let after = Emulator::build("round", source).run(&buffers, &[launch]).expect("it runs");
     let back: Vec<u32> = read_words(&after[2]);

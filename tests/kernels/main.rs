@@ -1,6 +1,9 @@
 //! The CUDA kernels of `kernels/`, compiled as C++ and run on the CPU under AddressSanitizer, against
 //! slow references in f64.
 
+mod attention;
+mod attention_decode;
+mod attention_prefill;
 mod cache;
 mod emulator;
 mod harness;

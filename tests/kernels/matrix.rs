@@ -45,7 +45,7 @@ fn fragments_multiply_and_transpose() {
         let buffers = [halves(&a), halves(&b), c, words(&[0; 32])];
         let args = (0..4).map(Arg::Buffer).collect();
         let kernel = format!("test_{}", of.name());
-        let launch = Launch { kernel, grid: [1; 3], threads: 32, args };
+        let launch = Launch { kernel, grid: [1; 3], threads: 32, shared_bytes: 0, args };
         let after = emulator.run(&buffers, &[launch]).expect("it runs");
         for (index, bits) in read_words(&after[2]).into_iter().enumerate() {
             let (row, column) = (index / 8, index % 8);

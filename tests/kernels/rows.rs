@@ -9,7 +9,7 @@ const PAD_ROW: u32 = u32::MAX;
 const TOKEN_FROM_DEVICE: u32 = u32::MAX;
 
 fn launch(kernel: &str, of: Type, grid: [u32; 3], threads: u32, args: Vec<Arg>) -> Launch {
-    Launch { kernel: format!("{kernel}_{}", of.name()), grid, threads, args }
+    Launch { kernel: format!("{kernel}_{}", of.name()), grid, threads, shared_bytes: 0, args }
 }
 
 #[test]

@@ -1,0 +1,367 @@
+// Causal attention of prefill chunks over the paged KV: a ragged batch, on tensor cores.
+//
+// Grid: (kv_heads, tiles), tiles at least `rows * group / 128 + seqs` rounded down; what it has too many
+// ends at once. Block: 128 threads, with `shared_bytes` of dynamic shared memory. A tile is 128 queries
+// of a sequence, all heads of the group of a row, then those of the next row; a warp has 32 of them.
+// KV goes by in tiles of 64 tokens at absolute positions, so a row's result does not depend on where
+// chunks begin. Later tiles, which see more, are started first.
+//
+// Reads the KV that its rows see once for each tile; with it two products of 128 queries each.
+#include "attention.cuh"
+
+constexpr uint32_t WARPS = 4;
+constexpr uint32_t THREADS = WARPS * WARP;
+constexpr uint32_t WARP_ROWS = 32;
+// Queries of a tile.
+constexpr uint32_t ROWS = WARPS * WARP_ROWS;
+// Tokens of a tile of KV.
+constexpr uint32_t KEYS = 64;
+// Tiles of K or V in shared memory: one in use, two under way.
+constexpr uint32_t SLOTS = 3;
+// Products of 16 rows that a warp has.
+constexpr uint32_t PARTS = WARP_ROWS / 16;
+
+template <typename T, uint32_t DIM>
+struct AttentionPrefill {
+  // [rows, q_stride]: a row begins with its heads * DIM elements of q.
+  const T* q;
+  // One layer of the cache, which has K and V of these rows.
+  const T* cache;
+  // [seqs + 1]: first row of each sequence; a sequence may have none.
+  const uint32_t* cu_seqlens_q;
+  // [seqs]: tokens in the cache; the rows of a sequence are the last of them.
+  const uint32_t* seq_lens;
+  // [seqs, table_stride]
+  const uint32_t* block_tables;
+  // [rows, heads * DIM]
+  T* y;
+  uint32_t seqs;
+  uint32_t q_stride;
+  uint32_t table_stride;
+  uint32_t kv_heads;
+  // heads / kv_heads.
+  uint32_t group;
+  // Tokens that a row sees, itself included; 0: all.
+  uint32_t window;
+  // Of scores, above 0.
+  float scale;
+};
+
+// A tile of the grid: queries of one sequence, from `first` of `queries` on.
+struct Tile {
+  uint32_t seq, first_row, first, queries;
+  // Positions of the sequence's first row, and of the first and the last query of the tile.
+  uint32_t start, from, to;
+
+  // Tiles of a sequence have places from `cu_seqlens_q * group / ROWS + seq` on, which is room enough
+  // for each of them: the place says the sequence, without a list from the host.
+  template <typename Op>
+  __device__ static uint32_t place_of(const Op& op, uint32_t seq) {
+    return op.cu_seqlens_q[seq] * op.group / ROWS + seq;
+  }
+  template <typename Op>
+  __device__ Tile(const Op& op, uint32_t place) : seq(0) {
+    for (uint32_t end = op.seqs; end - seq > 1;) {
+      uint32_t middle = (seq + end) / 2;
+      if (place_of(op, middle) <= place) {
+        seq = middle;
+      } else {
+        end = middle;
+      }
+    }
+    first_row = op.cu_seqlens_q[seq];
+    uint32_t rows = op.cu_seqlens_q[seq + 1] - first_row;
+    queries = rows * op.group;
+    first = (place - place_of(op, seq)) * ROWS;
+    if (is_empty()) return;
+    start = op.seq_lens[seq] - rows;
+    from = start + first / op.group;
+    to = start + (min_of(first + ROWS, queries) - 1) / op.group;
+  }
+  __device__ bool is_empty() const { return first >= queries; }
+  // Whether all of its queries see all of KEYS tokens from `key` on.
+  __device__ bool sees_all(uint32_t key, uint32_t window) const {
+    return key + KEYS <= from + 1 && key >= window_start(to + 1, window);
+  }
+};
+
+// Where a query's elements are in a tensor whose rows have `stride` elements.
+template <uint32_t DIM, typename Op>
+__device__ uint64_t query_at(const Op& op, const Tile& tile, uint32_t query, uint32_t stride) {
+  uint64_t row = tile.first_row + query / op.group;
+  return row * stride + (blockIdx.x * op.group + query % op.group) * DIM;
+}
+
+template <typename T, uint32_t DIM>
+__device__ void fetch_q(const AttentionPrefill<T, DIM>& op, const Tile& tile, Pack<T>* to) {
+  constexpr uint32_t PACKS = DIM / PACK;
+#pragma unroll 2
+  for (uint32_t i = threadIdx.x; i < ROWS * PACKS; i += THREADS) {
+    uint32_t row = i / PACKS, pack = i % PACKS, query = tile.first + row;
+    bool here = query < tile.queries;
+    const T* from = op.q + query_at<DIM>(op, tile, here ? query : tile.first, op.q_stride) + pack * PACK;
+    cp_async_16(to + swizzled<DIM>(row, pack), from, here);
+  }
+}
+
+// K and V of the tokens from `begin` up to `end`, on their way into the ring.
+template <typename T, uint32_t DIM>
+struct Stream {
+  static constexpr uint32_t PACKS = DIM / PACK;
+  static constexpr uint32_t TILE = KEYS * PACKS;
+  Pack<T>* ring;
+  const T* cache;
+  const uint32_t* table;
+  uint64_t v_offset, block_elements;
+  uint32_t begin, end, slot = 0;
+
+  __device__ Stream(const AttentionPrefill<T, DIM>& op, const Tile& tile, Pack<T>* ring) : ring(ring) {
+    KvLayout<DIM> kv{op.kv_heads};
+    cache = op.cache + kv.k(0, blockIdx.x);
+    v_offset = kv.v(0, blockIdx.x) - kv.k(0, blockIdx.x);
+    block_elements = kv.k(1, 0);
+    table = op.block_tables + uint64_t(tile.seq) * op.table_stride;
+    begin = window_start(tile.from + 1, op.window);
+    end = tile.to + 1;
+  }
+  // Tokens that none of the rows sees are zeros, as what lies there may be anything.
+  __device__ void fetch(uint32_t first, uint64_t offset) {
+    if (first < end) {
+#pragma unroll
+      for (uint32_t i = 0; i < TILE / THREADS; i++) {
+        uint32_t at = i * THREADS + threadIdx.x, token = at / PACKS, position = first + token;
+        bool seen = position >= begin && position < end;
+        uint32_t id = seen ? table[position / BLOCK_TOKENS] : 0;
+        const T* from = cache + id * block_elements + offset + token % BLOCK_TOKENS * DIM;
+        cp_async_16(ring + slot * TILE + swizzled<DIM>(token, at % PACKS), from + at % PACKS * PACK, seen);
+      }
+    }
+    cp_async_commit();
+    slot = slot + 1 == SLOTS ? 0 : slot + 1;
+  }
+};
+
+// A warp's queries: 32 rows, of which a lane has `lane / 4`, that + 8, + 16 and + 24.
+template <typename T, uint32_t DIM>
+struct Attention {
+  // [queries, DIM], unnormalised.
+  float o[PARTS][DIM / 8][4] = {};
+  float largest[PARTS][2];
+  // Of this lane's tokens.
+  float sum[PARTS][2] = {};
+  // Positions of the warp's first and last query.
+  uint32_t from, to;
+  bool idle;
+  float scale_log2;
+  const AttentionPrefill<T, DIM>& op;
+  const Tile& tile;
+
+  __device__ Attention(const AttentionPrefill<T, DIM>& op, const Tile& tile)
+      : scale_log2(op.scale * LOG2_E), op(op), tile(tile) {
+#pragma unroll
+    for (uint32_t i = 0; i < PARTS * 2; i++) largest[i / 2][i % 2] = NOTHING_SEEN;
+    idle = tile.first + warp() * WARP_ROWS >= tile.queries;
+    from = position(0);
+    to = position(WARP_ROWS - 1);
+  }
+
+  // Of a row of the warp; those past the end are as the last.
+  __device__ uint32_t position(uint32_t row) const {
+    return tile.start + min_of(tile.first + warp() * WARP_ROWS + row, tile.queries - 1) / op.group;
+  }
+
+  // Whether any of the warp's rows sees any of a tile of tokens.
+  __device__ bool sees(uint32_t first) const {
+    return !idle && first <= to && first + KEYS > window_start(from + 1, op.window);
+  }
+
+  __device__ void score(const Pack<T>* q, const Pack<T>* k, float (&s)[PARTS][KEYS / 8][4]) const {
+#pragma unroll
+    for (uint32_t i = 0; i < DIM / 16; i++) {
+      uint32_t a[PARTS][4];
+#pragma unroll
+      for (uint32_t part = 0; part < PARTS; part++) {
+        uint32_t row = warp() * WARP_ROWS + part * 16 + lane() % 16;
+        ldmatrix_x4(a[part], q + swizzled<DIM>(row, i * 2 + lane() / 16));
+      }
+#pragma unroll
+      for (uint32_t j = 0; j < KEYS / 16; j++) {
+        uint32_t b[4];
+        ldmatrix_x4(b, k + swizzled<DIM>(j * 16 + lane() % 8 + lane() / 16 * 8, i * 2 + lane() / 8 % 2));
+        uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+        for (uint32_t part = 0; part < PARTS; part++) {
+          mma_16x8x16<T>(s[part][2 * j], a[part], low);
+          mma_16x8x16<T>(s[part][2 * j + 1], a[part], high);
+        }
+      }
+    }
+  }
+
+  __device__ void mask(uint32_t first, float (&s)[PARTS][KEYS / 8][4]) const {
+#pragma unroll
+    for (uint32_t part = 0; part < PARTS; part++) {
+#pragma unroll
+      for (uint32_t half = 0; half < 2; half++) {
+        uint32_t end = position(part * 16 + half * 8 + lane() / 4) + 1;
+        uint32_t begin = window_start(end, op.window);
+#pragma unroll
+        for (uint32_t i = 0; i < KEYS / 4; i++) {
+          uint32_t at = first + i / 2 * 8 + lane() % 4 * 2 + i % 2;
+          if (at < begin || at >= end) s[part][i / 2][half * 2 + i % 2] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Scores become weights, and `o` is made to fit them.
+  __device__ void weigh(float (&s)[PARTS][KEYS / 8][4]) {
+    float by[PARTS][2];
+    bool larger = false;
+#pragma unroll
+    for (uint32_t part = 0; part < PARTS; part++) {
+#pragma unroll
+      for (uint32_t half = 0; half < 2; half++) {
+        float most = largest[part][half];
+#pragma unroll
+        for (uint32_t i = 0; i < KEYS / 4; i++) most = fmaxf(most, s[part][i / 2][half * 2 + i % 2]);
+        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
+        larger |= most != largest[part][half];
+        by[part][half] = shrink(largest[part][half], most, scale_log2);
+        largest[part][half] = most;
+        float all = sum[part][half] * by[part][half];
+#pragma unroll
+        for (uint32_t i = 0; i < KEYS / 4; i++) {
+          float& weight = s[part][i / 2][half * 2 + i % 2];
+          weight = weight_of<T>(weight, most, scale_log2);
+          all += weight;
+        }
+        sum[part][half] = all;
+      }
+    }
+    // After the first tiles hardly any do.
+    if (__ballot_sync(ALL_LANES, larger) == 0) return;
+#pragma unroll
+    for (uint32_t part = 0; part < PARTS; part++) {
+#pragma unroll
+      for (uint32_t i = 0; i < DIM / 8; i++) {
+#pragma unroll
+        for (uint32_t j = 0; j < 4; j++) o[part][i][j] *= by[part][j / 2];
+      }
+    }
+  }
+
+  __device__ void add(const Pack<T>* v, const uint32_t (&weights)[PARTS][KEYS / 16][4]) {
+#pragma unroll
+    for (uint32_t i = 0; i < KEYS / 16; i++) {
+#pragma unroll
+      for (uint32_t j = 0; j < DIM / 16; j++) {
+        uint32_t b[4];
+        ldmatrix_x4_transposed(b, v + swizzled<DIM>(i * 16 + lane() % 16, j * 2 + lane() / 16));
+        uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+        for (uint32_t part = 0; part < PARTS; part++) {
+          mma_16x8x16<T>(o[part][2 * j], weights[part][i], low);
+          mma_16x8x16<T>(o[part][2 * j + 1], weights[part][i], high);
+        }
+      }
+    }
+  }
+
+  // Rounds to shared memory, where this warp's q was, and from there to y, 16 bytes at a time.
+  __device__ void store(Pack<T>* rows) {
+    constexpr uint32_t PACKS = DIM / PACK;
+    uint32_t first = warp() * WARP_ROWS;
+    auto* pairs = reinterpret_cast<uint32_t*>(rows);
+    __syncwarp();
+#pragma unroll
+    for (uint32_t part = 0; part < PARTS; part++) {
+#pragma unroll
+      for (uint32_t half = 0; half < 2; half++) {
+        float all = sum[part][half];
+        all += __shfl_xor_sync(ALL_LANES, all, 1);
+        all += __shfl_xor_sync(ALL_LANES, all, 2);
+        uint32_t row = first + part * 16 + half * 8 + lane() / 4;
+#pragma unroll
+        for (uint32_t i = 0; i < DIM / 8; i++) {
+          const float* two = o[part][i] + half * 2;
+          pairs[swizzled<DIM>(row, i) * 4 + lane() % 4] =
+              uint32_t(from_float<T>(two[0] / all).bits) | uint32_t(from_float<T>(two[1] / all).bits) << 16;
+        }
+      }
+    }
+    __syncwarp();
+#pragma unroll 2
+    for (uint32_t i = lane(); i < WARP_ROWS * PACKS; i += WARP) {
+      uint32_t row = first + i / PACKS, pack = i % PACKS, query = tile.first + row;
+      if (query >= tile.queries) continue;
+      uint64_t at = query_at<DIM>(op, tile, query, op.kv_heads * op.group * DIM);
+      store_pack(op.y + at + pack * PACK, rows[swizzled<DIM>(row, pack)]);
+    }
+  }
+};
+
+// As A operands: what the lanes have of four products of 8 tokens is what they need of two of 16.
+template <typename T>
+__device__ void narrow_weights(const float (&s)[PARTS][KEYS / 8][4], uint32_t (&to)[PARTS][KEYS / 16][4]) {
+#pragma unroll
+  for (uint32_t part = 0; part < PARTS; part++) {
+#pragma unroll
+    for (uint32_t i = 0; i < KEYS / 16; i++) {
+#pragma unroll
+      for (uint32_t j = 0; j < 4; j++) {
+        const float* two = s[part][2 * i + j / 2] + j % 2 * 2;
+        to[part][i][j] = narrow_pair<T>(two[0], two[1]);
+      }
+    }
+  }
+}
+
+template <typename T, uint32_t DIM>
+__device__ void run(const AttentionPrefill<T, DIM>& op) {
+  DYNAMIC_SHARED(shared);
+  Tile tile(op, gridDim.y - 1 - blockIdx.y);
+  if (tile.is_empty()) return;
+  auto* q = reinterpret_cast<Pack<T>*>(shared);
+  Pack<T>* ring = q + ROWS * DIM / PACK;
+  Stream<T, DIM> stream(op, tile, ring);
+  uint32_t first = stream.begin / KEYS * KEYS, slot = 0;
+  fetch_q(op, tile, q);
+  stream.fetch(first, 0);
+  stream.fetch(first, stream.v_offset);
+  Attention<T, DIM> attention(op, tile);
+  // The slot that the whole block is done with is the next to be written.
+  auto arrived = [&] {
+    cp_async_wait<SLOTS - 2>();
+    __syncthreads();
+    const Pack<T>* at = ring + slot * Stream<T, DIM>::TILE;
+    slot = slot + 1 == SLOTS ? 0 : slot + 1;
+    return at;
+  };
+  for (; first < stream.end; first += KEYS) {
+    bool sees = attention.sees(first);
+    uint32_t weights[PARTS][KEYS / 16][4];
+    const Pack<T>* k = arrived();
+    stream.fetch(first + KEYS, 0);
+    if (sees) {
+      float s[PARTS][KEYS / 8][4] = {};
+      attention.score(q, k, s);
+      if (!tile.sees_all(first, op.window)) attention.mask(first, s);
+      attention.weigh(s);
+      narrow_weights<T>(s, weights);
+    }
+    const Pack<T>* v = arrived();
+    stream.fetch(first + KEYS, stream.v_offset);
+    if (sees) attention.add(v, weights);
+  }
+  cp_async_wait<0>();
+  if (!attention.idle) attention.store(q);
+}
+
+#define ATTENTION_PREFILL(TYPE, DIM) \
+  ENTRY(attention_prefill_##TYPE##_##DIM, THREADS, AttentionPrefill<TYPE, DIM>)
+ATTENTION_PREFILL(bf16, 64)
+ATTENTION_PREFILL(bf16, 128)
+ATTENTION_PREFILL(f16, 64)
+ATTENTION_PREFILL(f16, 128)
