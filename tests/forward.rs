@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candela::{
     model::{Llama, RuntimeLimits, WeightFiles, load},
-    ops::{CpuPool, DenseType, KvDtype, PackedWeight, StepInputs},
+    ops::{CpuPool, DenseType, KvDtype, Matrix, PackedWeight, StepInputs},
 };
 use candle_core::{Device, Tensor, quantized::gguf_file};
 use candle_transformers::models::quantized_llama::ModelWeights;
@@ -25,7 +25,8 @@ const QUANTISED_ERROR_RMS_MAX: f32 = 5e-3;
 const F16_CACHE_ERROR_RMS_MAX: f32 = 5e-3;
 
 /// The same weights as f32.
-fn dense(weight: &PackedWeight) -> PackedWeight {
+fn dense(weight: &Matrix) -> Matrix {
+    let weight = weight.host().expect("on the CPU");
     let mut bytes = Vec::with_capacity(weight.n() * weight.k() * 4);
     let mut row = vec![0f32; weight.k()];
     for index in 0..weight.n() {
@@ -34,7 +35,7 @@ fn dense(weight: &PackedWeight) -> PackedWeight {
     }
     let mut builder = PackedWeight::builder(weight.k());
     builder.push_dense(weight.n(), DenseType::F32, &bytes).expect("packs");
-    builder.build()
+    Matrix::Host(builder.build())
 }
 
 fn ours(path: &std::path::Path, as_f32: bool, kv_dtype: KvDtype) -> Vec<f32> {

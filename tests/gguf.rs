@@ -1,11 +1,11 @@
 //! Every type of tensor in GGUF files that candle writes, against candle's own dequantisation; and
 //! files that must be refused, with what the message has to name.
 
-use std::{borrow::Cow, path::Path};
+use std::{borrow::Cow, path::Path, sync::Arc};
 
 use candela::{
     model::{ModelWeights, WeightFiles, load},
-    ops::{CpuPool, Linear, LinearScratch, PackedWeight, View},
+    ops::{CpuPool, Linear, Matrix, Place, View},
 };
 use candle_core::{
     Device, Tensor,
@@ -99,7 +99,7 @@ fn write(path: &Path, matrices: &[(&str, QTensor)], vector: GgmlDType) {
 }
 
 /// Our matrix for each of `MATRICES`, with the first of its rows.
-fn ours(weights: &ModelWeights) -> [(&PackedWeight, usize); 9] {
+fn ours(weights: &ModelWeights) -> [(&Matrix, usize); 9] {
     let layer = &weights.layers[0];
     [
         (&layer.qkv, 0),
@@ -118,7 +118,8 @@ fn dequantised(tensor: &QTensor) -> Vec<Vec<f32>> {
     tensor.dequantize(&Device::Cpu).expect("dequantises").to_vec2().expect("a matrix")
 }
 
-fn linear(weight: &PackedWeight, x: &[f32]) -> Vec<f32> {
+fn linear(weight: &Matrix, x: &[f32]) -> Vec<f32> {
+    let pool = Arc::new(CpuPool::new(1).expect("threads"));
     let (n, k) = (weight.n(), weight.k());
     let mut arena = x.to_vec();
     arena.resize(k + n, f32::NAN);
@@ -129,8 +130,8 @@ fn linear(weight: &PackedWeight, x: &[f32]) -> Vec<f32> {
         x: View { offset: 0, cols: k },
         y: View { offset: k, cols: n },
         rows: 1,
-        scratch: &LinearScratch::new(1, k),
-        pool: &CpuPool::new(1).expect("threads"),
+        wide: false,
+        place: &Place::on_cpu(pool, 1, k),
     };
     arena.inplace_op1(&op).expect("runs");
     arena.narrow(0, k, n).expect("inside").to_vec1().expect("f32")
@@ -158,7 +159,7 @@ fn every_type_agrees_with_candle() {
             for ((name, tensor), (weight, first)) in matrices.iter().zip(ours(&weights)) {
                 let mut row = vec![0f32; weight.k()];
                 for (index, expected) in dequantised(tensor).iter().enumerate() {
-                    weight.dequant_row(first + index, &mut row);
+                    weight.host().expect("on the CPU").dequant_row(first + index, &mut row);
                     let differs = |(a, b): (&f32, &f32)| a != b && !(a.is_nan() && b.is_nan());
                     let at = row.iter().zip(expected).position(differs);
                     assert_eq!(at, None, "{kind:?} {name} row {index}: {row:?} {expected:?}");

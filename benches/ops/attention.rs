@@ -4,8 +4,10 @@
 #[path = "limits.rs"]
 mod limits;
 
+use std::sync::Arc;
+
 use candela::ops::{
-    Attention, AttentionTiles, CpuPool, KV_BLOCK_TOKENS, KvDtype, KvShape, StepInputs, View,
+    Attention, AttentionTiles, CpuPool, KV_BLOCK_TOKENS, KvDtype, KvShape, Place, StepInputs, View,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -16,7 +18,7 @@ const COLS: usize = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 
 /// `rows` positions up to `context` of each of `seqs` sequences.
 fn check(
-    pool: &CpuPool,
+    place: &Place,
     limits: &limits::Limits,
     dtype: KvDtype,
     seqs: usize,
@@ -50,7 +52,7 @@ fn check(
         window: None,
         inputs: &inputs,
         tiles: &AttentionTiles::new(&inputs, HEADS / KV_HEADS),
-        pool,
+        place,
     };
     let seconds = limits::best_seconds(|| arena.inplace_op2(&cache, &op).expect("runs"));
     let pairs: usize = inputs.positions.iter().map(|position| *position as usize + 1).sum();
@@ -62,13 +64,14 @@ fn check(
 
 fn main() {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let pool = CpuPool::new(threads).expect("threads");
+    let pool = Arc::new(CpuPool::new(threads).expect("threads"));
     let limits = limits::measure(&pool);
+    let place = Place::on_cpu(pool, 0, 0);
     for dtype in [KvDtype::F32, KvDtype::F16] {
         for (seqs, rows, context) in
             [(1, 1, 64), (1, 1, 1024), (8, 1, 1024), (32, 1, 1024), (1, 512, 512), (1, 512, 2048)]
         {
-            check(&pool, &limits, dtype, seqs, rows, context);
+            check(&place, &limits, dtype, seqs, rows, context);
         }
     }
 }

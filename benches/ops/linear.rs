@@ -5,14 +5,17 @@
 #[path = "limits.rs"]
 mod limits;
 
+use std::sync::Arc;
+
 use candela::ops::{
-    Bits, CpuPool, DenseType, Linear, LinearScratch, PackedWeight, QuantSpec, View,
+    Bits, CpuPool, DenseType, Linear, Matrix, PackedWeight, Place, QuantSpec, View,
 };
 use candle_core::{Device, Tensor};
 
 /// The largest product of SmolLM2-135M's layers.
 const N: usize = 3072;
 const K: usize = 576;
+const ROWS_MAX: usize = 512;
 
 fn quantised(spec: QuantSpec) -> PackedWeight {
     let mut builder = PackedWeight::builder(K);
@@ -34,7 +37,7 @@ fn dense(dtype: DenseType) -> PackedWeight {
     builder.build()
 }
 
-fn check(name: &str, pool: &CpuPool, limits: &limits::Limits, weight: &PackedWeight, rows: usize) {
+fn check(name: &str, place: &Place, limits: &limits::Limits, weight: &Matrix, rows: usize) {
     let arena = Tensor::randn(0f32, 1f32, rows * (K + N), &Device::Cpu).expect("values");
     let op = Linear {
         weight,
@@ -42,8 +45,8 @@ fn check(name: &str, pool: &CpuPool, limits: &limits::Limits, weight: &PackedWei
         x: View { offset: 0, cols: K },
         y: View { offset: rows * K, cols: N },
         rows,
-        scratch: &LinearScratch::new(rows, K),
-        pool,
+        wide: false,
+        place,
     };
     let seconds = limits::best_seconds(|| arena.inplace_op1(&op).expect("runs"));
     let flops = (2 * rows * N * K) as f64;
@@ -53,8 +56,9 @@ fn check(name: &str, pool: &CpuPool, limits: &limits::Limits, weight: &PackedWei
 
 fn main() {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let pool = CpuPool::new(threads).expect("threads");
+    let pool = Arc::new(CpuPool::new(threads).expect("threads"));
     let limits = limits::measure(&pool);
+    let place = Place::on_cpu(pool, ROWS_MAX, K);
     let spec =
         |bits, group, zero, has_min| QuantSpec { bits, group, zero, has_min, half_scales: true };
     for (name, weight) in [
@@ -65,8 +69,9 @@ fn main() {
         ("f16", dense(DenseType::F16)),
         ("f32", dense(DenseType::F32)),
     ] {
-        for rows in [1, 2, 4, 8, 32, 512] {
-            check(name, &pool, &limits, &weight, rows);
+        let weight = Matrix::Host(weight);
+        for rows in [1, 2, 4, 8, 32, ROWS_MAX] {
+            check(name, &place, &limits, &weight, rows);
         }
     }
 }

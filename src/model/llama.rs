@@ -2,12 +2,17 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor};
+use candle_core::{
+    CpuStorage, CudaStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, bail,
+};
 use half::{f16, vec::HalfBitsVecExt};
 
 use crate::ops::{
-    Attention, AttentionTiles, BlockCopy, CpuPool, Embed, GatherRows, KvDtype, KvShape, KvWrite,
-    Linear, LinearScratch, PackedWeight, RmsNorm, Rope, SiluMul, StepInputs, View, arena,
+    Attention, AttentionTiles, BlockCopy, CpuPool, Embed, GatherRows, GpuPlace, KvDtype, KvShape,
+    KvWrite, Linear, Matrix, Place, Region, RmsNorm, Rope, SiluMul, StepInputs, Vector, View,
+    WeightPlace, arena,
+    gpu::{Half, PACK},
+    region::{self, GpuOp1},
 };
 
 use super::{LayerWeights, ModelConfig, ModelError, ModelWeights};
@@ -22,6 +27,9 @@ pub struct RuntimeLimits {
     /// Longest sequence; bounds the rope table.
     pub context_tokens_max: usize,
 }
+
+/// Elements of a GPU's arena that a logit takes: 16 bits against 32.
+const LOGIT_ELEMENTS: usize = 2;
 
 /// Where everything lies in the arena. `T` rows, unless said otherwise.
 struct Workspace {
@@ -42,16 +50,16 @@ pub struct Llama {
     config: ModelConfig,
     weights: ModelWeights,
     limits: RuntimeLimits,
-    pool: Arc<CpuPool>,
+    place: Place,
     kv_shape: KvShape,
-    kv: Tensor,
-    arena: Tensor,
+    kv: Region,
+    arena: Region,
     views: Workspace,
-    scratch: LinearScratch,
-    rope_table: Vec<f32>,
+    rope_table: Vector,
 }
 
 impl Llama {
+    /// On the CPU.
     pub fn new(
         config: ModelConfig,
         weights: ModelWeights,
@@ -59,24 +67,45 @@ impl Llama {
         pool: Arc<CpuPool>,
     ) -> std::result::Result<Self, ModelError> {
         config.validate()?;
-        let kv_shape = KvShape {
-            layers: config.layers,
-            blocks: limits.kv_blocks,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-        };
-        let (views, elements) = lay_out(&config, &limits);
         let k_max =
             config.hidden_size.max(config.intermediate_size).max(config.heads * config.head_dim);
+        let rows_max = limits.step_tokens_max.max(limits.logits_rows_max);
+        let (views, elements) = lay_out(&config, &limits, 1);
+        let kv_shape = kv_shape(&config, limits.kv_blocks);
         Ok(Self {
-            kv: zeros(kv_shape.elements(), limits.kv_dtype)?,
-            arena: Tensor::zeros(elements, DType::F32, &Device::Cpu)?,
-            scratch: LinearScratch::new(limits.step_tokens_max.max(limits.logits_rows_max), k_max),
-            rope_table: rope_table(&config, limits.context_tokens_max),
+            kv: Region::Tensor(zeros(kv_shape.elements(), limits.kv_dtype)?),
+            arena: Region::Tensor(Tensor::zeros(elements, DType::F32, &Device::Cpu)?),
+            rope_table: Vector::Host(rope_table(&config, limits.context_tokens_max)),
+            place: Place::on_cpu(pool, rows_max, k_max),
             config,
             weights,
             limits,
-            pool,
+            kv_shape,
+            views,
+        })
+    }
+
+    /// On a GPU, with weights that are there. Its cache has the type of the weights, whatever
+    /// `limits` says.
+    pub fn on_gpu(
+        config: ModelConfig,
+        weights: ModelWeights,
+        limits: RuntimeLimits,
+        place: GpuPlace,
+    ) -> std::result::Result<Self, ModelError> {
+        config.validate()?;
+        fits_gpu(&config)?;
+        let (views, elements) = lay_out(&config, &limits, LOGIT_ELEMENTS);
+        let kv_shape = kv_shape(&config, limits.kv_blocks);
+        let table = rope_table(&config, limits.context_tokens_max);
+        Ok(Self {
+            kv: place.gpu.region(kv_shape.elements(), place.dtype)?,
+            arena: place.gpu.region(elements, place.dtype)?,
+            rope_table: WeightPlace::Gpu(&*place.gpu, place.dtype).wide_vector(table)?,
+            place: Place::Gpu(place),
+            config,
+            weights,
+            limits,
             kv_shape,
             views,
         })
@@ -86,29 +115,34 @@ impl Llama {
         &self.config
     }
 
-    /// The threads that the model computes on.
-    pub fn pool(&self) -> &CpuPool {
-        &self.pool
+    /// The threads that a model on the CPU computes on.
+    pub fn pool(&self) -> Result<&CpuPool> {
+        self.place.pool()
+    }
+
+    /// Where a model on a GPU has its logits, `[logits_rows_max, stride]` of f32, and the stride.
+    pub fn gpu_logits(&self) -> Result<(u64, usize)> {
+        let access = LogitsAddress { view: self.views.logits, found: std::cell::Cell::new(0) };
+        self.arena.apply(&access)?;
+        Ok((access.found.get(), self.views.logits.cols))
     }
 
     /// Bytes of K and V of one block over all layers.
     pub fn kv_bytes_per_block(config: &ModelConfig, dtype: KvDtype) -> usize {
-        let shape = KvShape {
-            layers: config.layers,
-            blocks: 1,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-        };
-        shape.elements() * DType::from(dtype).size_in_bytes()
+        kv_shape(config, 1).elements() * DType::from(dtype).size_in_bytes()
     }
 
-    /// Bytes of the activation arena.
+    /// Bytes of the activation arena, on the CPU and on a GPU.
     pub fn workspace_bytes(config: &ModelConfig, limits: &RuntimeLimits) -> usize {
-        lay_out(config, limits).1 * size_of::<f32>()
+        lay_out(config, limits, 1).1 * size_of::<f32>()
     }
 
-    /// Runs a step. Logits of `inputs.sample_rows` stay in the arena; `sampled` holds the last
-    /// sampled token by slot.
+    pub fn gpu_workspace_bytes(config: &ModelConfig, limits: &RuntimeLimits) -> usize {
+        lay_out(config, limits, LOGIT_ELEMENTS).1 * Half::BYTES
+    }
+
+    /// Runs a step, whose metadata a GPU has in its buffers already. Logits of `inputs.sample_rows`
+    /// stay in the arena; `sampled` holds the last sampled token by slot, and a GPU has its own.
     pub fn forward(&self, inputs: &StepInputs, sampled: &[u32]) -> Result<()> {
         let rows = inputs.tokens();
         if rows > self.limits.step_tokens_max
@@ -116,14 +150,17 @@ impl Llama {
         {
             candle_core::bail!("a step of {rows} rows is larger than the workspace");
         }
-        let (views, pool) = (&self.views, &*self.pool);
+        if rows == 0 {
+            return Ok(());
+        }
+        let (views, place) = (&self.views, &self.place);
         if !inputs.block_copies.is_empty() {
-            let copy = BlockCopy { shape: self.kv_shape, copies: &inputs.block_copies };
-            self.kv.inplace_op1(&copy)?;
+            let copy = BlockCopy { shape: self.kv_shape, copies: &inputs.block_copies, place };
+            self.kv.apply(&copy)?;
         }
         let tiles = AttentionTiles::new(inputs, self.config.heads / self.config.kv_heads);
         let table = &self.weights.embed;
-        self.arena.inplace_op1(&Embed { table, inputs, sampled, y: views.hidden, pool })?;
+        self.arena.apply(&Embed { table, inputs, sampled, y: views.hidden, place })?;
         for (index, layer) in self.weights.layers.iter().enumerate() {
             // The feed-forward of the layer before is still to be added.
             let residual = (index > 0).then_some(views.projected);
@@ -134,10 +171,17 @@ impl Llama {
         }
         let residual = (!self.weights.layers.is_empty()).then_some(views.projected);
         self.norm(residual, &self.weights.final_norm, rows)?;
-        let picked = GatherRows { x: views.normed, y: views.picked, rows: &inputs.sample_rows };
-        self.arena.inplace_op1(&picked)?;
-        let wanted = inputs.sample_rows.len();
-        self.linear(&self.weights.lm_head, None, views.picked, views.logits, wanted)
+        let picked = &inputs.sample_rows;
+        self.arena.apply(&GatherRows { x: views.normed, y: views.picked, rows: picked, place })?;
+        self.arena.apply(&Linear {
+            weight: &self.weights.lm_head,
+            bias: None,
+            x: views.picked,
+            y: views.logits,
+            rows: picked.len(),
+            wide: true,
+            place,
+        })
     }
 
     /// Gives access to the logits of the last step, `[rows, vocab]`.
@@ -147,19 +191,19 @@ impl Llama {
             read: std::cell::Cell::new(Some(read)),
             result: std::cell::Cell::new(None),
         };
-        self.arena.inplace_op1(&access)?;
+        self.arena.apply(&access)?;
         access.result.take().ok_or_else(|| candle_core::Error::Msg("logits were not read".into()))
     }
 
-    fn norm(&self, residual: Option<View>, weight: &[f32], rows: usize) -> Result<()> {
-        self.arena.inplace_op1(&RmsNorm {
+    fn norm(&self, residual: Option<View>, weight: &Vector, rows: usize) -> Result<()> {
+        self.arena.apply(&RmsNorm {
             residual,
             h: self.views.hidden,
             y: self.views.normed,
             rows,
             weight,
             eps: self.config.rms_norm_eps,
-            pool: &self.pool,
+            place: &self.place,
         })
     }
 
@@ -171,27 +215,29 @@ impl Llama {
         tiles: &AttentionTiles,
     ) -> Result<()> {
         let (config, views, rows) = (&self.config, &self.views, inputs.tokens());
-        self.linear(&layer.qkv, layer.qkv_bias.as_deref(), views.normed, views.qkv, rows)?;
-        self.arena.inplace_op1(&Rope {
+        self.linear(&layer.qkv, layer.qkv_bias.as_ref(), views.normed, views.qkv, rows)?;
+        let rope = Rope {
             qkv: views.qkv,
             positions: &inputs.positions,
             qk_heads: config.heads + config.kv_heads,
             heads: config.heads,
             head_dim: config.head_dim,
             table: &self.rope_table,
-            norms: layer.q_norm.as_deref().zip(layer.k_norm.as_deref()),
+            norms: layer.q_norm.as_ref().zip(layer.k_norm.as_ref()),
             eps: config.rms_norm_eps,
-            pool: &self.pool,
-        })?;
+            place: &self.place,
+        };
+        self.arena.apply(&rope)?;
         let write = KvWrite {
             shape: self.kv_shape,
             layer: index,
             qkv: views.qkv,
             heads: config.heads,
             inputs,
-            pool: &self.pool,
+            rope: &rope,
+            place: &self.place,
         };
-        self.kv.inplace_op2(&self.arena, &write)?;
+        self.kv.apply_with(&self.arena, &write)?;
         let attention = Attention {
             shape: self.kv_shape,
             layer: index,
@@ -201,36 +247,36 @@ impl Llama {
             window: config.layer_windows[index],
             inputs,
             tiles,
-            pool: &self.pool,
+            place: &self.place,
         };
-        self.arena.inplace_op2(&self.kv, &attention)?;
-        self.linear(&layer.o, layer.o_bias.as_deref(), views.attended, views.projected, rows)
+        self.arena.apply_with(&self.kv, &attention)?;
+        self.linear(&layer.o, layer.o_bias.as_ref(), views.attended, views.projected, rows)
     }
 
     fn feed_forward(&self, layer: &LayerWeights, rows: usize) -> Result<()> {
         let views = &self.views;
-        let bias = layer.gate_up_bias.as_deref();
+        let bias = layer.gate_up_bias.as_ref();
         self.linear(&layer.gate_up, bias, views.normed, views.gate_up, rows)?;
-        self.arena.inplace_op1(&SiluMul {
+        self.arena.apply(&SiluMul {
             gate_up: views.gate_up,
             y: views.activated,
             rows,
-            pool: &self.pool,
+            place: &self.place,
         })?;
-        let bias = layer.down_bias.as_deref();
+        let bias = layer.down_bias.as_ref();
         self.linear(&layer.down, bias, views.activated, views.projected, rows)
     }
 
     fn linear(
         &self,
-        weight: &PackedWeight,
-        bias: Option<&[f32]>,
+        weight: &Matrix,
+        bias: Option<&Vector>,
         x: View,
         y: View,
         rows: usize,
     ) -> Result<()> {
-        let (scratch, pool) = (&self.scratch, &*self.pool);
-        self.arena.inplace_op1(&Linear { weight, bias, x, y, rows, scratch, pool })
+        let place = &self.place;
+        self.arena.apply(&Linear { weight, bias, x, y, rows, wide: false, place })
     }
 }
 
@@ -253,24 +299,85 @@ impl<F: FnOnce(&mut [f32]) -> R, R> InplaceOp1 for LogitsAccess<F, R> {
     }
 }
 
-fn lay_out(config: &ModelConfig, limits: &RuntimeLimits) -> (Workspace, usize) {
-    let mut used = 0;
-    let mut view = |rows: usize, cols: usize| {
+impl<F: FnOnce(&mut [f32]) -> R, R> GpuOp1 for LogitsAccess<F, R> {
+    fn gpu_fwd(&self, _: u64) -> Result<()> {
+        bail!("logits on a GPU are read there")
+    }
+}
+
+/// Finds where a GPU has the logits.
+struct LogitsAddress {
+    view: View,
+    found: std::cell::Cell<u64>,
+}
+
+impl InplaceOp1 for LogitsAddress {
+    fn name(&self) -> &'static str {
+        "logits_address"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        bail!("the logits are not on a GPU")
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.gpu_fwd(region::address(storage, layout)?)
+    }
+}
+
+impl GpuOp1 for LogitsAddress {
+    fn gpu_fwd(&self, arena: u64) -> Result<()> {
+        self.found.set(self.view.address(arena));
+        Ok(())
+    }
+}
+
+fn kv_shape(config: &ModelConfig, blocks: usize) -> KvShape {
+    let ModelConfig { layers, kv_heads, head_dim, .. } = *config;
+    KvShape { layers, blocks, kv_heads, head_dim }
+}
+
+/// Sizes that the GPU's kernels take.
+fn fits_gpu(config: &ModelConfig) -> std::result::Result<(), ModelError> {
+    let no = |what: String| Err(ModelError::Unsupported(format!("{what} on a GPU")));
+    if !matches!(config.head_dim, 64 | 128) {
+        return no(format!("head_dim {} (64 and 128 are)", config.head_dim));
+    }
+    let rows = [config.hidden_size, config.intermediate_size];
+    if let Some(size) = rows.into_iter().find(|size| !size.is_multiple_of(PACK)) {
+        return no(format!("a size of {size}, which is no multiple of {PACK},"));
+    }
+    Ok(())
+}
+
+/// `logit_elements`: elements of the arena that a logit takes.
+fn lay_out(
+    config: &ModelConfig,
+    limits: &RuntimeLimits,
+    logit_elements: usize,
+) -> (Workspace, usize) {
+    let mut used: usize = 0;
+    let mut view = |rows: usize, cols: usize, elements: usize| {
         let view = View { offset: used, cols };
-        used += rows * cols;
+        // Rows are loaded whole packs at a time.
+        used = (used + rows * cols * elements).next_multiple_of(PACK);
         view
     };
     let (tokens, picked) = (limits.step_tokens_max, limits.logits_rows_max);
+    let logit_cols = match logit_elements {
+        1 => config.vocab_size,
+        _ => config.vocab_size.next_multiple_of(PACK),
+    };
     let workspace = Workspace {
-        hidden: view(tokens, config.hidden_size),
-        normed: view(tokens, config.hidden_size),
-        qkv: view(tokens, config.qkv_cols()),
-        attended: view(tokens, config.heads * config.head_dim),
-        projected: view(tokens, config.hidden_size),
-        gate_up: view(tokens, 2 * config.intermediate_size),
-        activated: view(tokens, config.intermediate_size),
-        picked: view(picked, config.hidden_size),
-        logits: view(picked, config.vocab_size),
+        hidden: view(tokens, config.hidden_size, 1),
+        normed: view(tokens, config.hidden_size, 1),
+        qkv: view(tokens, config.qkv_cols(), 1),
+        attended: view(tokens, config.heads * config.head_dim, 1),
+        projected: view(tokens, config.hidden_size, 1),
+        gate_up: view(tokens, 2 * config.intermediate_size, 1),
+        activated: view(tokens, config.intermediate_size, 1),
+        picked: view(picked, config.hidden_size, 1),
+        logits: view(picked, logit_cols, logit_elements),
     };
     (workspace, used)
 }

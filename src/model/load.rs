@@ -5,7 +5,9 @@ use std::{
     sync::Arc,
 };
 
-use crate::ops::{DenseType, PackedWeight, PackedWeightBuilder, weight::read_dense};
+use crate::ops::{
+    DenseType, Matrix, Vector, WeightPlace, matrix::MatrixBuilder, weight::read_dense,
+};
 
 use super::{
     Biases, Family, LayerWeights, ModelConfig, ModelError, ModelWeights, RopeScaling,
@@ -43,20 +45,28 @@ impl GgufFile {
     }
 }
 
-/// Reads configuration and weights.
+/// Reads configuration and weights, for the CPU.
 pub fn load(files: &WeightFiles) -> Result<(ModelConfig, ModelWeights), ModelError> {
+    load_to(files, WeightPlace::Cpu)
+}
+
+/// Reads configuration and weights to where they are used.
+pub fn load_to(
+    files: &WeightFiles,
+    place: WeightPlace<'_>,
+) -> Result<(ModelConfig, ModelWeights), ModelError> {
     match files {
         WeightFiles::Gguf(path) => {
             let file = GgufFile::open(path)?;
             let config = gguf_config(&file)?;
-            let weights = assemble(&config, &GgufSource { file: &file, config: &config })?;
+            let weights = assemble(&config, &GgufSource { file: &file, config: &config }, place)?;
             Ok((config, weights))
         }
         WeightFiles::SafeTensors { config, shards } => {
             let io = |source| ModelError::Io { path: config.display().to_string(), source };
             let config = ModelConfig::from_hf_json(&std::fs::read_to_string(config).map_err(io)?)?;
             let shards = Shards::open(shards)?;
-            let weights = assemble(&config, &shards)?;
+            let weights = assemble(&config, &shards, place)?;
             Ok((config, weights))
         }
     }
@@ -70,7 +80,7 @@ pub trait WeightSource {
         layer: Option<usize>,
         part: Part,
         shape: (usize, usize),
-        out: &mut PackedWeightBuilder,
+        out: &mut MatrixBuilder<'_>,
     ) -> Result<(), ModelError>;
     fn vector(&self, layer: Option<usize>, part: Part, len: usize) -> Result<Vec<f32>, ModelError>;
 }
@@ -112,19 +122,30 @@ parts! {
     DOWN_BIAS = "ffn_down.bias", "mlp.down_proj.bias";
 }
 
-fn assemble(config: &ModelConfig, source: &dyn WeightSource) -> Result<ModelWeights, ModelError> {
+/// Gives every matrix and vector its place.
+pub fn assemble(
+    config: &ModelConfig,
+    source: &dyn WeightSource,
+    place: WeightPlace<'_>,
+) -> Result<ModelWeights, ModelError> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-    let fused = |layer, parts: &[(Part, usize)], k| -> Result<PackedWeight, ModelError> {
-        let mut builder = PackedWeight::builder(k);
+    let fused = |layer, parts: &[(Part, usize)], k| -> Result<Matrix, ModelError> {
+        let mut builder = place.matrix(parts.iter().map(|(_, n)| n).sum(), k)?;
         for (part, n) in parts {
             source.matrix(layer, *part, (*n, k), &mut builder)?;
         }
-        Ok(builder.build())
+        Ok(builder.build()?)
     };
-    let joined = |layer, wanted, parts: &[(Part, usize)]| -> Result<Option<Vec<f32>>, ModelError> {
+    let vector = |layer, part, len| -> Result<Vector, ModelError> {
+        Ok(place.vector(source.vector(layer, part, len)?)?)
+    };
+    let joined = |layer, wanted, parts: &[(Part, usize)]| -> Result<Option<Vector>, ModelError> {
         let read = |(part, len): &(Part, usize)| source.vector(layer, *part, *len);
-        let joined = || Ok(parts.iter().map(read).collect::<Result<Vec<_>, _>>()?.concat());
+        let joined = || {
+            let parts = parts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            Ok(place.vector(parts.concat())?)
+        };
         if wanted { joined().map(Some) } else { Ok(None) }
     };
     let (biases, head) = (config.biases, config.head_dim);
@@ -133,14 +154,14 @@ fn assemble(config: &ModelConfig, source: &dyn WeightSource) -> Result<ModelWeig
         let layer = Some(index);
         let qkv_bias = [(Q_BIAS, q), (K_BIAS, kv), (V_BIAS, kv)];
         layers.push(LayerWeights {
-            attn_norm: source.vector(layer, ATTN_NORM, hidden)?,
+            attn_norm: vector(layer, ATTN_NORM, hidden)?,
             qkv: fused(layer, &[(Q, q), (K, kv), (V, kv)], hidden)?,
             qkv_bias: joined(layer, biases.qkv, &qkv_bias)?,
             q_norm: joined(layer, config.qk_norm, &[(Q_NORM, head)])?,
             k_norm: joined(layer, config.qk_norm, &[(K_NORM, head)])?,
             o: fused(layer, &[(O, hidden)], q)?,
             o_bias: joined(layer, biases.o, &[(O_BIAS, hidden)])?,
-            ffn_norm: source.vector(layer, FFN_NORM, hidden)?,
+            ffn_norm: vector(layer, FFN_NORM, hidden)?,
             gate_up: fused(layer, &[(GATE, inner), (UP, inner)], hidden)?,
             gate_up_bias: joined(layer, biases.mlp, &[(GATE_BIAS, inner), (UP_BIAS, inner)])?,
             down: fused(layer, &[(DOWN, hidden)], inner)?,
@@ -152,7 +173,7 @@ fn assemble(config: &ModelConfig, source: &dyn WeightSource) -> Result<ModelWeig
         true => embed.clone(),
         false => Arc::new(fused(None, &[(LM_HEAD, config.vocab_size)], hidden)?),
     };
-    let final_norm = source.vector(None, FINAL_NORM, hidden)?;
+    let final_norm = vector(None, FINAL_NORM, hidden)?;
     Ok(ModelWeights { embed, layers, final_norm, lm_head })
 }
 
@@ -258,7 +279,7 @@ impl WeightSource for GgufSource<'_> {
         layer: Option<usize>,
         part: Part,
         (n, k): (usize, usize),
-        out: &mut PackedWeightBuilder,
+        out: &mut MatrixBuilder<'_>,
     ) -> Result<(), ModelError> {
         let (name, tensor) = self.tensor(layer, part)?;
         if tensor.dims != [k as u64, n as u64] {

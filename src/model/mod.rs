@@ -14,34 +14,34 @@ use std::sync::Arc;
 
 pub use config::{Biases, Family, ModelConfig, RopeScaling};
 pub use llama::{Llama, RuntimeLimits};
-pub use load::{GgufFile, WeightFiles, load};
+pub use load::{GgufFile, WeightFiles, load, load_to};
 
-use crate::ops::PackedWeight;
+use crate::ops::{Matrix, Vector};
 
 /// One transformer layer, fused as the forward wants it.
 pub struct LayerWeights {
-    pub attn_norm: Vec<f32>,
+    pub attn_norm: Vector,
     /// Rows of q, then k, then v; q and k in rotate-half order.
-    pub qkv: PackedWeight,
-    pub qkv_bias: Option<Vec<f32>>,
-    pub q_norm: Option<Vec<f32>>,
-    pub k_norm: Option<Vec<f32>>,
-    pub o: PackedWeight,
-    pub o_bias: Option<Vec<f32>>,
-    pub ffn_norm: Vec<f32>,
+    pub qkv: Matrix,
+    pub qkv_bias: Option<Vector>,
+    pub q_norm: Option<Vector>,
+    pub k_norm: Option<Vector>,
+    pub o: Matrix,
+    pub o_bias: Option<Vector>,
+    pub ffn_norm: Vector,
     /// Rows of gate, then up.
-    pub gate_up: PackedWeight,
-    pub gate_up_bias: Option<Vec<f32>>,
-    pub down: PackedWeight,
-    pub down_bias: Option<Vec<f32>>,
+    pub gate_up: Matrix,
+    pub gate_up_bias: Option<Vector>,
+    pub down: Matrix,
+    pub down_bias: Option<Vector>,
 }
 
 pub struct ModelWeights {
-    pub embed: Arc<PackedWeight>,
+    pub embed: Arc<Matrix>,
     pub layers: Vec<LayerWeights>,
-    pub final_norm: Vec<f32>,
+    pub final_norm: Vector,
     /// The embedding itself where they are tied.
-    pub lm_head: Arc<PackedWeight>,
+    pub lm_head: Arc<Matrix>,
 }
 
 /// Why a model cannot be loaded or run.

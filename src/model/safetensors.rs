@@ -4,7 +4,7 @@ use std::{collections::HashMap, path::PathBuf};
 
 use serde::Deserialize;
 
-use crate::ops::{DenseType, PackedWeightBuilder};
+use crate::ops::{DenseType, matrix::MatrixBuilder};
 
 use super::{
     ModelError,
@@ -119,7 +119,7 @@ impl WeightSource for Shards {
         layer: Option<usize>,
         part: Part,
         (n, k): (usize, usize),
-        out: &mut PackedWeightBuilder,
+        out: &mut MatrixBuilder<'_>,
     ) -> Result<(), ModelError> {
         let (dtype, bytes) = self.tensor(layer, part, &[n, k])?;
         Ok(out.push_dense(n, dtype, bytes)?)

@@ -6,14 +6,17 @@
 //! with the arithmetic it would have alone, so a row's result does not depend on chunking, batch,
 //! threads or instruction set.
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, bail};
+use candle_core::{CpuStorage, CudaStorage, InplaceOp2, Layout, Result, bail};
 use half::f16;
 
 use super::{
-    CpuPool, StepInputs, View,
+    CpuPool, Place, StepInputs, View,
     arena::{Shared, exp, f32_mut, lane_max, lane_sum},
+    gpu::{Args, Half, Launch, Work},
     kv_cache::{KV_BLOCK_TOKENS, KvElement, KvShape},
     lanes::{Element, LANES, Lanes, for_isa},
+    place::GpuPlace,
+    region::{self, GpuOp2},
     simd::{self, Isa},
 };
 
@@ -25,6 +28,12 @@ const BLOCK_QUERIES: usize = 4;
 const CHUNK_BLOCKS: usize = 4;
 const CHUNK_TOKENS: usize = CHUNK_BLOCKS * KV_BLOCK_TOKENS;
 const _: () = assert!(KV_BLOCK_TOKENS == LANES);
+/// Of the GPU's kernels: threads of a block, heads of a group that decode takes, and queries of a tile
+/// of prefill with the rows of KV beside them in shared memory.
+const GPU_THREADS: u32 = 128;
+const DECODE_GROUP_MAX: usize = 8;
+const PREFILL_QUERIES: usize = 128;
+const PREFILL_KV_ROWS: usize = 192;
 
 /// Rows of one sequence that are computed together.
 struct RowTile {
@@ -66,8 +75,9 @@ pub struct Attention<'a> {
     pub y: View,
     pub window: Option<usize>,
     pub inputs: &'a StepInputs,
+    /// Of the CPU.
     pub tiles: &'a AttentionTiles,
-    pub pool: &'a CpuPool,
+    pub place: &'a Place,
 }
 
 impl InplaceOp2 for Attention<'_> {
@@ -86,23 +96,154 @@ impl InplaceOp2 for Attention<'_> {
         if group > QUERIES_MAX || !self.heads.is_multiple_of(self.shape.kv_heads) {
             bail!("attention takes heads in groups of up to {QUERIES_MAX}");
         }
-        let isa = simd::isa();
+        let (isa, pool) = (simd::isa(), self.place.pool()?);
         let arena = Shared::new(f32_mut("attention", arena, arena_layout)?);
         match cache {
             CpuStorage::F16(_) => {
-                self.run(isa, &arena, f16::slice("attention", cache, cache_layout)?)
+                self.run(isa, pool, &arena, f16::slice("attention", cache, cache_layout)?)
             }
-            _ => self.run(isa, &arena, f32::slice("attention", cache, cache_layout)?),
+            _ => self.run(isa, pool, &arena, f32::slice("attention", cache, cache_layout)?),
         }
         Ok(())
+    }
+
+    fn cuda_fwd(
+        &self,
+        arena: &mut CudaStorage,
+        arena_layout: &Layout,
+        cache: &CudaStorage,
+        cache_layout: &Layout,
+    ) -> Result<()> {
+        let arena = region::address(arena, arena_layout)?;
+        self.gpu_fwd(arena, region::address(cache, cache_layout)?)
+    }
+}
+
+impl GpuOp2 for Attention<'_> {
+    fn gpu_fwd(&self, arena: u64, cache: u64) -> Result<()> {
+        let (place, group) = (self.place.gpu()?, self.heads / self.shape.kv_heads);
+        let one_row_each = self.inputs.tokens() == self.inputs.seqs();
+        match one_row_each && group <= DECODE_GROUP_MAX {
+            true => self.decode(place, arena, cache),
+            false => self.prefill(place, arena, cache),
+        }
     }
 }
 
 impl Attention<'_> {
-    fn run<E: KvElement>(&self, isa: Isa, arena: &Shared<f32>, cache: &[E]) {
+    /// One query a sequence, in splits over its KV.
+    fn decode(&self, place: &GpuPlace, arena: u64, cache: u64) -> Result<()> {
+        let (shape, rows, dim) = (self.shape, self.inputs.tokens(), self.shape.head_dim);
+        let (kernel, combine) = match (place.dtype, dim) {
+            (Half::Bf16, 64) => ("attention_decode_bf16_64", "attention_combine_bf16_64"),
+            (Half::Bf16, 128) => ("attention_decode_bf16_128", "attention_combine_bf16_128"),
+            (Half::F16, 64) => ("attention_decode_f16_64", "attention_combine_f16_64"),
+            (Half::F16, 128) => ("attention_decode_f16_128", "attention_combine_f16_128"),
+            (_, dim) => bail!("no attention kernel for heads of {dim}"),
+        };
+        let splits = &place.splits;
+        let (count, window) = (splits.count(rows * shape.kv_heads), self.window.unwrap_or(0));
+        let scale = 1.0 / (dim as f32).sqrt();
+        place.gpu.launch(&Launch {
+            kernel,
+            grid: [shape.kv_heads as u32, rows as u32, count as u32],
+            threads: GPU_THREADS,
+            shared_bytes: 0,
+            args: Args::default()
+                .address(self.qkv.address(arena))
+                .address(shape.layer_address(cache, self.layer))
+                .address(place.step.seq_lens)
+                .address(place.step.block_tables)
+                .address(self.y.address(arena))
+                .address(splits.partial())
+                .address(splits.stats())
+                .u32(self.qkv.cols)
+                .u32(place.step.stride)
+                .u32(shape.kv_heads)
+                .u32(self.heads / shape.kv_heads)
+                .u32(splits.chunk_blocks())
+                .u32(window)
+                .f32(scale),
+            work: self.work(),
+        })?;
+        if count == 1 {
+            return Ok(());
+        }
+        place.gpu.launch(&Launch {
+            kernel: combine,
+            grid: [self.heads as u32, rows as u32, 1],
+            threads: GPU_THREADS,
+            shared_bytes: 0,
+            args: Args::default()
+                .address(splits.partial())
+                .address(splits.stats())
+                .address(place.step.seq_lens)
+                .address(self.y.address(arena))
+                .u32(count)
+                .u32(splits.chunk_blocks())
+                .u32(window)
+                .f32(scale),
+            // Of the algorithm, not of attention: nothing of it is in the floor.
+            work: Work::default(),
+        })
+    }
+
+    /// Chunks of any length.
+    fn prefill(&self, place: &GpuPlace, arena: u64, cache: u64) -> Result<()> {
+        let (shape, dim) = (self.shape, self.shape.head_dim);
+        let kernel = match (place.dtype, dim) {
+            (Half::Bf16, 64) => "attention_prefill_bf16_64",
+            (Half::Bf16, 128) => "attention_prefill_bf16_128",
+            (Half::F16, 64) => "attention_prefill_f16_64",
+            (Half::F16, 128) => "attention_prefill_f16_128",
+            (_, dim) => bail!("no attention kernel for heads of {dim}"),
+        };
+        let (group, seqs) = (self.heads / shape.kv_heads, self.inputs.seqs());
+        let tiles = self.inputs.tokens() * group / PREFILL_QUERIES + seqs;
+        place.gpu.launch(&Launch {
+            kernel,
+            grid: [shape.kv_heads as u32, tiles as u32, 1],
+            threads: GPU_THREADS,
+            shared_bytes: ((PREFILL_QUERIES + PREFILL_KV_ROWS) * dim * Half::BYTES) as u32,
+            args: Args::default()
+                .address(self.qkv.address(arena))
+                .address(shape.layer_address(cache, self.layer))
+                .address(place.step.cu_seqlens_q)
+                .address(place.step.seq_lens)
+                .address(place.step.block_tables)
+                .address(self.y.address(arena))
+                .u32(seqs)
+                .u32(self.qkv.cols)
+                .u32(place.step.stride)
+                .u32(shape.kv_heads)
+                .u32(group)
+                .u32(self.window.unwrap_or(0))
+                .f32(1.0 / (dim as f32).sqrt()),
+            work: self.work(),
+        })
+    }
+
+    /// Each sequence's KV that its rows see is read once, q read and y written; two products.
+    fn work(&self) -> Work {
+        let (inputs, shape) = (self.inputs, self.shape);
+        let (mut tokens, mut pairs) = (0, 0);
+        for (seq, len) in inputs.seq_lens.iter().enumerate() {
+            let len = *len as usize;
+            let rows = (inputs.cu_seqlens_q[seq + 1] - inputs.cu_seqlens_q[seq]) as usize;
+            let sees = |end: usize| self.window.map_or(end, |window| end.min(window));
+            tokens += sees(len).saturating_add(rows.saturating_sub(1)).min(len);
+            pairs += (len - rows + 1..=len).map(sees).sum::<usize>();
+        }
+        let rows = 2 * inputs.tokens() * self.heads * shape.head_dim;
+        let kv = tokens * 2 * shape.kv_heads * shape.head_dim;
+        let flops = 4 * pairs as u64 * (self.heads * shape.head_dim) as u64;
+        Work { flops, ..Work::elements(rows + kv) }
+    }
+
+    fn run<E: KvElement>(&self, isa: Isa, pool: &CpuPool, arena: &Shared<f32>, cache: &[E]) {
         let (kv_heads, dim, inputs) = (self.shape.kv_heads, self.shape.head_dim, self.inputs);
         let group = self.heads / kv_heads;
-        self.pool.each(self.tiles.0.len() * kv_heads, 1, &|units| {
+        pool.each(self.tiles.0.len() * kv_heads, 1, &|units| {
             for unit in units {
                 let (tile, head) = (&self.tiles.0[unit / kv_heads], unit % kv_heads);
                 let column = head * group * dim;
@@ -480,12 +621,18 @@ fn values_tail<E: Element, const N: usize>(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
 
     use super::*;
 
     const KV_HEADS: usize = 2;
     const BLOCKS: usize = 24;
+
+    fn cpu(threads: usize) -> Place {
+        Place::on_cpu(Arc::new(CpuPool::new(threads).expect("threads")), 0, 0)
+    }
 
     /// One sequence: queries at positions `rows` of a cache that is full before `rows.end`.
     #[derive(Clone, Debug)]
@@ -537,7 +684,7 @@ mod tests {
         /// `y` of the rows, computed in steps of `step` rows.
         fn run<E: KvElement>(&self, isa: Isa, threads: usize, step: usize) -> Vec<f32> {
             let cache = self.cache::<E>();
-            let pool = CpuPool::new(threads).expect("threads");
+            let place = cpu(threads);
             let (cols, heads) = (self.cols(), self.group * KV_HEADS);
             let mut out = Vec::new();
             for first in self.rows.clone().step_by(step) {
@@ -566,9 +713,10 @@ mod tests {
                     window: self.window,
                     inputs: &inputs,
                     tiles: &AttentionTiles::new(&inputs, self.group),
-                    pool: &pool,
+                    place: &place,
                 };
-                op.run(isa, &Shared::new(&mut arena), &cache);
+                let pool = place.pool().expect("the CPU");
+                op.run(isa, pool, &Shared::new(&mut arena), &cache);
                 out.extend_from_slice(&arena[rows.len() * cols..]);
             }
             out

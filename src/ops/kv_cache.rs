@@ -3,13 +3,15 @@
 //! One tensor of f32 or f16. Per layer and block: K as `[kv_heads, head_dim, 16]`, so that the 16
 //! tokens of a block are the lanes of a register, then V as `[kv_heads, 16, head_dim]`.
 
-use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, Layout, Result, bail};
+use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp1, InplaceOp2, Layout, Result, bail};
 use half::{f16, slice::HalfFloatSliceExt};
 
 use super::{
-    CpuPool, StepInputs, View,
+    Place, Rope, StepInputs, View,
     arena::{Shared, f32_ref, for_rows},
+    gpu::{Args, Half, Launch, THREADS, Work},
     lanes::Element,
+    region::{self, GpuOp1, GpuOp2},
     step_inputs::PAD_SLOT,
 };
 
@@ -44,6 +46,11 @@ impl KvShape {
 
     pub fn k(&self, layer: usize, block: usize, head: usize) -> usize {
         (layer * self.blocks + block) * self.block_elements() + head * self.head_elements()
+    }
+
+    /// Where a layer begins in a cache on a GPU.
+    pub fn layer_address(&self, cache: u64, layer: usize) -> u64 {
+        cache + (self.k(layer, 0, 0) * Half::BYTES) as u64
     }
 
     pub fn v(&self, layer: usize, block: usize, head: usize) -> usize {
@@ -138,7 +145,9 @@ pub struct KvWrite<'a> {
     pub qkv: View,
     pub heads: usize,
     pub inputs: &'a StepInputs,
-    pub pool: &'a CpuPool,
+    /// What was to be done before; a GPU does both in one kernel.
+    pub rope: &'a Rope<'a>,
+    pub place: &'a Place,
 }
 
 impl InplaceOp2 for KvWrite<'_> {
@@ -160,15 +169,66 @@ impl InplaceOp2 for KvWrite<'_> {
             }
             _ => self.write(f32::slice_mut("kv_write", cache, cache_layout)?, arena),
         }
-        Ok(())
+    }
+
+    fn cuda_fwd(
+        &self,
+        cache: &mut CudaStorage,
+        cache_layout: &Layout,
+        arena: &CudaStorage,
+        arena_layout: &Layout,
+    ) -> Result<()> {
+        let cache = region::address(cache, cache_layout)?;
+        self.gpu_fwd(cache, region::address(arena, arena_layout)?)
+    }
+}
+
+impl GpuOp2 for KvWrite<'_> {
+    /// Norm of the heads, rotation, and the write.
+    fn gpu_fwd(&self, cache: u64, arena: u64) -> Result<()> {
+        let (place, rope, shape) = (self.place.gpu()?, self.rope, self.shape);
+        let rows = self.inputs.tokens();
+        let kernel = match (place.dtype, shape.head_dim) {
+            (Half::Bf16, 64) => "rope_bf16_64",
+            (Half::Bf16, 128) => "rope_bf16_128",
+            (Half::F16, 64) => "rope_f16_64",
+            (Half::F16, 128) => "rope_f16_128",
+            (_, dim) => bail!("no kernel for heads of {dim}"),
+        };
+        let norms = match rope.norms {
+            Some((q, k)) => (q.gpu()?, k.gpu()?),
+            None => (0, 0),
+        };
+        // A thread takes 8 elements and their partners.
+        let threads_a_row = self.qkv.cols / 16;
+        let kv = 2 * shape.kv_heads * shape.head_dim;
+        place.gpu.launch(&Launch {
+            kernel,
+            grid: [rows as u32, threads_a_row.div_ceil(THREADS as usize) as u32, 1],
+            threads: THREADS,
+            shared_bytes: 0,
+            args: Args::default()
+                .address(self.qkv.address(arena))
+                .address(shape.layer_address(cache, self.layer))
+                .address(rope.table.gpu()?)
+                .address(place.step.positions)
+                .address(place.step.slot_mapping)
+                .address(norms.0)
+                .address(norms.1)
+                .u32(self.heads)
+                .u32(shape.kv_heads)
+                .f32(rope.eps),
+            // All is read; q goes back to its place, k and v to the cache.
+            work: Work::elements(rows * (2 * (self.qkv.cols - kv) + 2 * kv)),
+        })
     }
 }
 
 impl KvWrite<'_> {
-    fn write<E: KvElement>(&self, cache: &mut [E], arena: &[f32]) {
+    fn write<E: KvElement>(&self, cache: &mut [E], arena: &[f32]) -> Result<()> {
         let (shape, dim) = (self.shape, self.shape.head_dim);
         let cache = Shared::new(cache);
-        for_rows(self.pool, self.inputs.tokens(), self.qkv.cols, &|row| {
+        for_rows(self.place.pool()?, self.inputs.tokens(), self.qkv.cols, &|row| {
             let slot = self.inputs.slot_mapping[row];
             if slot == PAD_SLOT {
                 return;
@@ -194,13 +254,16 @@ impl KvWrite<'_> {
                 E::narrow(v, unsafe { cache.part(place, dim) });
             }
         });
+        Ok(())
     }
 }
 
 /// Copies whole blocks in all layers, in order.
 pub struct BlockCopy<'a> {
     pub shape: KvShape,
+    /// On a GPU they are the `block_copies` of its step.
     pub copies: &'a [(u32, u32)],
+    pub place: &'a Place,
 }
 
 impl InplaceOp1 for BlockCopy<'_> {
@@ -214,6 +277,30 @@ impl InplaceOp1 for BlockCopy<'_> {
             _ => self.copy(f32::slice_mut("block_copy", cache, layout)?),
         }
         Ok(())
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.gpu_fwd(region::address(storage, layout)?)
+    }
+}
+
+impl GpuOp1 for BlockCopy<'_> {
+    fn gpu_fwd(&self, cache: u64) -> Result<()> {
+        let (place, shape, count) = (self.place.gpu()?, self.shape, self.copies.len());
+        let bytes = shape.block_elements() * Half::BYTES;
+        place.gpu.launch(&Launch {
+            kernel: "block_copy",
+            grid: [bytes.div_ceil(16 * THREADS as usize) as u32, shape.layers as u32, 1],
+            threads: THREADS,
+            shared_bytes: 0,
+            args: Args::default()
+                .address(cache)
+                .address(place.step.block_copies)
+                .u64(shape.blocks as u64)
+                .u32(bytes)
+                .u32(count),
+            work: Work::elements(2 * count * shape.layers * shape.block_elements()),
+        })
     }
 }
 

@@ -6,14 +6,16 @@
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result, bail};
+use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result, bail};
 
 use super::{
-    CpuPool, View,
+    CpuPlace, Matrix, PackedWeight, Place, Vector, View,
     arena::Shared,
+    gpu::Matmul,
+    region::{self, GpuOp1},
     simd::{self, Isa},
     tile::{self, GroupX, QuantX},
-    weight::{GROUP, PackedWeight, Segment, SegmentKind, TILE},
+    weight::{GROUP, Segment, SegmentKind, TILE},
 };
 
 /// Rows from which quantising is spread over the threads.
@@ -40,15 +42,26 @@ impl LinearScratch {
     }
 }
 
-/// `y[rows, n] = x[rows, k] Wᵀ + bias[n]` on the f32 arena; `x` and `y` do not overlap.
+/// `y[rows, n] = x[rows, k] Wᵀ + bias[n]` on the arena; `x` and `y` do not overlap.
 pub struct Linear<'a> {
-    pub weight: &'a PackedWeight,
-    pub bias: Option<&'a [f32]>,
+    pub weight: &'a Matrix,
+    pub bias: Option<&'a Vector>,
     pub x: View,
     pub y: View,
     pub rows: usize,
-    pub scratch: &'a LinearScratch,
-    pub pool: &'a CpuPool,
+    /// On a GPU y is f32, in twice the room: logits. On the CPU everything is f32.
+    pub wide: bool,
+    pub place: &'a Place,
+}
+
+/// What the CPU works with.
+struct OnCpu<'a> {
+    weight: &'a PackedWeight,
+    bias: Option<&'a [f32]>,
+    x: View,
+    y: View,
+    rows: usize,
+    place: &'a CpuPlace,
 }
 
 impl InplaceOp1 for Linear<'_> {
@@ -57,11 +70,47 @@ impl InplaceOp1 for Linear<'_> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        self.forward(storage, layout, simd::isa())
+        let op = OnCpu {
+            weight: self.weight.host()?,
+            bias: self.bias.map(Vector::host).transpose()?,
+            x: self.x,
+            y: self.y,
+            rows: self.rows,
+            place: self.place.cpu()?,
+        };
+        op.forward(storage, layout, simd::isa())
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.gpu_fwd(region::address(storage, layout)?)
     }
 }
 
-impl Linear<'_> {
+impl GpuOp1 for Linear<'_> {
+    fn gpu_fwd(&self, arena: u64) -> Result<()> {
+        let (place, weight) = (self.place.gpu()?, self.weight.gpu()?);
+        if self.x.cols != weight.k || self.y.cols < weight.n {
+            bail!("linear {} x {}: x {:?}, y {:?}", weight.n, weight.k, self.x, self.y);
+        }
+        if self.rows == 0 {
+            return Ok(());
+        }
+        place.gpu.matmul(&Matmul {
+            x: self.x.address(arena),
+            w: weight.memory.address,
+            bias: self.bias.map(Vector::gpu).transpose()?,
+            y: self.y.address(arena),
+            m: self.rows,
+            n: weight.n,
+            k: weight.k,
+            dtype: place.dtype,
+            wide: self.wide,
+            y_stride: self.y.cols,
+        })
+    }
+}
+
+impl OnCpu<'_> {
     fn forward(&self, storage: &mut CpuStorage, layout: &Layout, isa: Isa) -> Result<()> {
         let CpuStorage::F32(arena) = storage else { bail!("linear wants an f32 arena") };
         let (n, k) = (self.weight.n(), self.weight.k());
@@ -77,14 +126,15 @@ impl Linear<'_> {
         let arena = Shared::new(arena);
         // SAFETY: nothing writes to `x` below.
         let x: &[f32] = unsafe { arena.part(x.start, x.len()) };
-        let mut scratch = self.scratch.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut scratch =
+            self.place.scratch.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if self.weight.segments.iter().any(|one| matches!(one.kind, SegmentKind::Quant(_))) {
             self.quantise(isa, x, &mut scratch);
         }
         let quantised: &Quantised = &scratch;
         let tiles: usize = self.weight.segments.iter().map(|one| one.rows.div_ceil(TILE)).sum();
         let grain = (GRAIN_TILES / self.rows).max(1);
-        self.pool.each(tiles, grain, &|tiles| {
+        self.place.pool.each(tiles, grain, &|tiles| {
             let mut first = 0;
             for segment in &self.weight.segments {
                 let count = segment.rows.div_ceil(TILE);
@@ -102,7 +152,7 @@ impl Linear<'_> {
         let groups = k / GROUP;
         let (q, about) = (Shared::new(&mut scratch.q), Shared::new(&mut scratch.groups));
         let grain = if self.rows < PARALLEL_ROWS_MIN { self.rows } else { 1 };
-        self.pool.each(self.rows, grain, &|rows| {
+        self.place.pool.each(self.rows, grain, &|rows| {
             for row in rows {
                 // SAFETY: rows are disjoint.
                 let (q, about) = unsafe { (q.part(row * k, k), about.part(row * groups, groups)) };
@@ -161,10 +211,12 @@ impl Linear<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ops::{Bits, DenseType, QuantSpec};
+    use crate::ops::{Bits, CpuPool, DenseType, QuantSpec};
 
     const K: usize = 96;
     const N: usize = 40;
@@ -230,14 +282,13 @@ mod tests {
         arena[..rows * K].copy_from_slice(&x[..rows * K]);
         let mut storage = CpuStorage::F32(arena);
         let pool = CpuPool::new(threads).expect("threads");
-        let op = Linear {
+        let op = OnCpu {
             weight,
             bias: None,
             x: View { offset: 0, cols: K },
             y: View { offset: rows * K, cols: N },
             rows,
-            scratch: &LinearScratch::new(rows, K),
-            pool: &pool,
+            place: &CpuPlace { pool: Arc::new(pool), scratch: LinearScratch::new(rows, K) },
         };
         op.forward(&mut storage, &Layout::contiguous(rows * (K + N)), isa).expect("runs");
         let CpuStorage::F32(arena) = storage else { unreachable!() };

@@ -1,11 +1,17 @@
 //! Residual add and RMSNorm (Zhang and Sennrich, 2019): `h += x`, then `y = h / rms(h) * weight`.
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result};
+use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result, bail};
 
 use super::{
-    CpuPool, View,
+    Place, Vector, View,
     arena::{Shared, f32_mut, for_rows, versions},
+    gpu::{Args, Half, Launch, PACK, Work},
+    region::{self, GpuOp1},
 };
+
+/// Packs of a row that a thread of the GPU's kernel keeps, and threads of its block.
+const GPU_PACKS: usize = 2;
+const GPU_THREADS_MAX: usize = 1024;
 
 /// `cols` of the views is the size normalised over.
 pub struct RmsNorm<'a> {
@@ -14,9 +20,9 @@ pub struct RmsNorm<'a> {
     pub h: View,
     pub y: View,
     pub rows: usize,
-    pub weight: &'a [f32],
+    pub weight: &'a Vector,
     pub eps: f32,
-    pub pool: &'a CpuPool,
+    pub place: &'a Place,
 }
 
 impl InplaceOp1 for RmsNorm<'_> {
@@ -26,8 +32,8 @@ impl InplaceOp1 for RmsNorm<'_> {
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let arena = Shared::new(f32_mut("rms_norm", storage, layout)?);
-        let cols = self.h.cols;
-        for_rows(self.pool, self.rows, cols, &|row| {
+        let (cols, weight) = (self.h.cols, self.weight.host()?);
+        for_rows(self.place.pool()?, self.rows, cols, &|row| {
             // SAFETY: the views do not overlap and rows are disjoint.
             unsafe {
                 let h = arena.part(self.h.offset + row * cols, cols);
@@ -35,10 +41,43 @@ impl InplaceOp1 for RmsNorm<'_> {
                     add(h, arena.part(residual.offset + row * cols, cols));
                 }
                 let y = arena.part(self.y.offset + row * cols, cols);
-                normalise(h, self.weight, self.eps, y);
+                normalise(h, weight, self.eps, y);
             }
         });
         Ok(())
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.gpu_fwd(region::address(storage, layout)?)
+    }
+}
+
+impl GpuOp1 for RmsNorm<'_> {
+    fn gpu_fwd(&self, arena: u64) -> Result<()> {
+        let (place, cols) = (self.place.gpu()?, self.h.cols);
+        let threads = cols.div_ceil(PACK * GPU_PACKS).next_multiple_of(32);
+        if threads > GPU_THREADS_MAX {
+            bail!("rms_norm: a row of {cols} is too long for the GPU's kernel");
+        }
+        let residual = self.residual.map_or(0, |residual| residual.address(arena));
+        let passes = if self.residual.is_some() { 4 } else { 2 };
+        place.gpu.launch(&Launch {
+            kernel: match place.dtype {
+                Half::Bf16 => "rms_norm_bf16",
+                Half::F16 => "rms_norm_f16",
+            },
+            grid: [self.rows as u32, 1, 1],
+            threads: threads as u32,
+            shared_bytes: 0,
+            args: Args::default()
+                .address(self.h.address(arena))
+                .address(residual)
+                .address(self.weight.gpu()?)
+                .address(self.y.address(arena))
+                .u32(cols)
+                .f32(self.eps),
+            work: Work::elements(passes * self.rows * cols + cols),
+        })
     }
 }
 

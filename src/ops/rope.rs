@@ -1,28 +1,30 @@
 //! Rotary position embedding (Su et al., 2021) on q and k in place, with the optional per-head
 //! RMSNorm of Qwen3 before it. Pairs are `(i, i + head_dim / 2)`.
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result};
+use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result};
 
 use super::{
-    CpuPool, View,
+    Place, Vector, View,
     arena::{Shared, f32_mut, for_rows, versions},
+    region::{self, GpuOp1},
     rms_norm::inverse_rms,
 };
 
 pub struct Rope<'a> {
     /// `[rows, (heads + 2 kv_heads) * head_dim]`: q, k, v.
     pub qkv: View,
+    /// A GPU has its own.
     pub positions: &'a [u32],
     /// Heads of q and k together.
     pub qk_heads: usize,
     pub heads: usize,
     pub head_dim: usize,
     /// `[positions, head_dim]`: cosines, then sines.
-    pub table: &'a [f32],
+    pub table: &'a Vector,
     /// Weights of q's and k's norm, each `[head_dim]`.
-    pub norms: Option<(&'a [f32], &'a [f32])>,
+    pub norms: Option<(&'a Vector, &'a Vector)>,
     pub eps: f32,
-    pub pool: &'a CpuPool,
+    pub place: &'a Place,
 }
 
 impl InplaceOp1 for Rope<'_> {
@@ -33,18 +35,34 @@ impl InplaceOp1 for Rope<'_> {
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let arena = Shared::new(f32_mut("rope", storage, layout)?);
         let (dim, cols) = (self.head_dim, self.qkv.cols);
-        for_rows(self.pool, self.positions.len(), cols, &|row| {
-            let angles = &self.table[self.positions[row] as usize * dim..][..dim];
+        let table = self.table.host()?;
+        let norms = match self.norms {
+            Some((q, k)) => Some((q.host()?, k.host()?)),
+            None => None,
+        };
+        for_rows(self.place.pool()?, self.positions.len(), cols, &|row| {
+            let angles = &table[self.positions[row] as usize * dim..][..dim];
             for head in 0..self.qk_heads {
                 // SAFETY: heads and rows are disjoint.
                 let x = unsafe { arena.part(self.qkv.offset + row * cols + head * dim, dim) };
-                if let Some((q_norm, k_norm)) = self.norms {
+                if let Some((q_norm, k_norm)) = norms {
                     let weight = if head < self.heads { q_norm } else { k_norm };
                     normalise_in_place(x, weight, self.eps);
                 }
                 rotate(x, angles);
             }
         });
+        Ok(())
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.gpu_fwd(region::address(storage, layout)?)
+    }
+}
+
+impl GpuOp1 for Rope<'_> {
+    /// Nothing: the kernel that writes K and V to the cache rotates them and q, in one pass over them.
+    fn gpu_fwd(&self, _: u64) -> Result<()> {
         Ok(())
     }
 }

@@ -1,10 +1,12 @@
 //! SwiGLU's gate (Shazeer, 2020): `y = silu(gate) * up`.
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result};
+use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result};
 
 use super::{
-    CpuPool, View,
+    Place, View,
     arena::{Shared, exp, f32_mut, for_rows, versions},
+    gpu::{Args, Half, Launch, PACK, THREADS, Work},
+    region::{self, GpuOp1},
 };
 
 pub struct SiluMul<'a> {
@@ -13,7 +15,7 @@ pub struct SiluMul<'a> {
     /// `[rows, size]`.
     pub y: View,
     pub rows: usize,
-    pub pool: &'a CpuPool,
+    pub place: &'a Place,
 }
 
 impl InplaceOp1 for SiluMul<'_> {
@@ -24,7 +26,7 @@ impl InplaceOp1 for SiluMul<'_> {
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let arena = Shared::new(f32_mut("silu_mul", storage, layout)?);
         let size = self.y.cols;
-        for_rows(self.pool, self.rows, 4 * size, &|row| {
+        for_rows(self.place.pool()?, self.rows, 4 * size, &|row| {
             // SAFETY: the views do not overlap and rows are disjoint.
             let (gate_up, y) = unsafe {
                 (
@@ -36,6 +38,30 @@ impl InplaceOp1 for SiluMul<'_> {
             silu_mul(gate, up, y);
         });
         Ok(())
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.gpu_fwd(region::address(storage, layout)?)
+    }
+}
+
+impl GpuOp1 for SiluMul<'_> {
+    fn gpu_fwd(&self, arena: u64) -> Result<()> {
+        let (place, size) = (self.place.gpu()?, self.y.cols);
+        place.gpu.launch(&Launch {
+            kernel: match place.dtype {
+                Half::Bf16 => "silu_mul_bf16",
+                Half::F16 => "silu_mul_f16",
+            },
+            grid: [size.div_ceil(PACK * THREADS as usize) as u32, self.rows as u32, 1],
+            threads: THREADS,
+            shared_bytes: 0,
+            args: Args::default()
+                .address(self.gate_up.address(arena))
+                .address(self.y.address(arena))
+                .u32(size),
+            work: Work::elements(3 * self.rows * size),
+        })
     }
 }
 

@@ -5,6 +5,7 @@ use std::{collections::VecDeque, sync::OnceLock};
 use crate::{
     clock::Clock,
     model::Llama,
+    ops::CpuPool,
     sampling::{SampleRow, Sampled, Sampler, TokenLogprobs, token_logprobs},
 };
 
@@ -57,11 +58,12 @@ impl CpuDevice {
             })
             .collect();
         let (sampler, model) = (&mut self.sampler, &self.model);
+        let pool = model.pool().map_err(|error| failed(&error))?;
         let (sampled, scores) = model
             .with_logits(step.inputs.sample_rows.len(), |logits| {
-                let scores = score(model, &step.scores, logits);
+                let scores = score(model, pool, &step.scores, logits);
                 let mut sampled: Vec<Sampled> = Vec::with_capacity(rows.len());
-                sampler.sample(model.pool(), &rows, logits, &mut sampled);
+                sampler.sample(pool, &rows, logits, &mut sampled);
                 (sampled, scores)
             })
             .map_err(|error| failed(&error))?;
@@ -74,10 +76,10 @@ impl CpuDevice {
 }
 
 /// Log-probabilities of given tokens, over the threads.
-fn score(model: &Llama, specs: &[ScoreSpec], logits: &[f32]) -> Vec<TokenLogprobs> {
+fn score(model: &Llama, pool: &CpuPool, specs: &[ScoreSpec], logits: &[f32]) -> Vec<TokenLogprobs> {
     let vocab = model.config().vocab_size;
     let scores: Vec<OnceLock<TokenLogprobs>> = specs.iter().map(|_| OnceLock::new()).collect();
-    model.pool().each(specs.len(), 1, &|range| {
+    pool.each(specs.len(), 1, &|range| {
         for index in range {
             let spec = &specs[index];
             let row = &logits[spec.logits_row as usize * vocab..][..vocab];
