@@ -65,7 +65,7 @@ __device__ void run(const AttentionCombine<T, DIM>& op) {
     for (uint32_t j = 0; j < PACK; j++) o[j] += sums[i * DIM + at + j];
   }
 #pragma unroll
-  for (uint32_t i = 0; i < PACK; i++) o[i] /= sum;
+  for (uint32_t i = 0; i < PACK; i++) o[i] *= 1.0f / sum;
   store_pack(op.y + head * DIM + at, narrow<T>(o));
 }
 

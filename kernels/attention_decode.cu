@@ -237,7 +237,7 @@ __device__ void finish(const AttentionDecode<T, DIM>& op, const Splits& splits, 
   uint64_t head = (uint64_t(blockIdx.y) * op.kv_heads + blockIdx.x) * op.group + query;
   if (splits.busy() == 1) {
 #pragma unroll
-    for (uint32_t i = 0; i < PACK; i++) o[i] /= sum;
+    for (uint32_t i = 0; i < PACK; i++) o[i] *= 1.0f / sum;
     store_pack(op.y + head * DIM + at, narrow<T>(o));
     return;
   }

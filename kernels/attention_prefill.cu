@@ -47,43 +47,49 @@ struct AttentionPrefill {
   float scale;
 };
 
-// A tile of the grid: queries of one sequence, from `first` of `queries` on.
+// A tile of the grid: queries of one sequence, from `first` of `queries` on. It lies in shared memory, as
+// registers are what this kernel has least of.
 struct Tile {
   uint32_t seq, first_row, first, queries;
   // Positions of the sequence's first row, and of the first and the last query of the tile.
   uint32_t start, from, to;
 
-  // Tiles of a sequence have places from `cu_seqlens_q * group / ROWS + seq` on, which is room enough
-  // for each of them: the place says the sequence, without a list from the host.
-  template <typename Op>
-  __device__ static uint32_t place_of(const Op& op, uint32_t seq) {
-    return op.cu_seqlens_q[seq] * op.group / ROWS + seq;
-  }
-  template <typename Op>
-  __device__ Tile(const Op& op, uint32_t place) : seq(0) {
-    for (uint32_t end = op.seqs; end - seq > 1;) {
-      uint32_t middle = (seq + end) / 2;
-      if (place_of(op, middle) <= place) {
-        seq = middle;
-      } else {
-        end = middle;
-      }
-    }
-    first_row = op.cu_seqlens_q[seq];
-    uint32_t rows = op.cu_seqlens_q[seq + 1] - first_row;
-    queries = rows * op.group;
-    first = (place - place_of(op, seq)) * ROWS;
-    if (is_empty()) return;
-    start = op.seq_lens[seq] - rows;
-    from = start + first / op.group;
-    to = start + (min_of(first + ROWS, queries) - 1) / op.group;
-  }
   __device__ bool is_empty() const { return first >= queries; }
   // Whether all of its queries see all of KEYS tokens from `key` on.
   __device__ bool sees_all(uint32_t key, uint32_t window) const {
     return key + KEYS <= from + 1 && key >= window_start(to + 1, window);
   }
 };
+
+// Tiles of a sequence have places from this on, which is room enough for each of them: the place says
+// the sequence, without a list from the host.
+template <typename Op>
+__device__ uint32_t place_of(const Op& op, uint32_t seq) {
+  return op.cu_seqlens_q[seq] * op.group / ROWS + seq;
+}
+
+template <typename Op>
+__device__ Tile find_tile(const Op& op, uint32_t place) {
+  uint32_t seq = 0;
+  for (uint32_t end = op.seqs; end - seq > 1;) {
+    uint32_t middle = (seq + end) / 2;
+    if (place_of(op, middle) <= place) {
+      seq = middle;
+    } else {
+      end = middle;
+    }
+  }
+  Tile tile;
+  tile.seq = seq;
+  tile.first_row = op.cu_seqlens_q[seq];
+  uint32_t rows = op.cu_seqlens_q[seq + 1] - tile.first_row;
+  tile.queries = rows * op.group;
+  tile.first = (place - place_of(op, seq)) * ROWS;
+  tile.start = op.seq_lens[seq] - rows;
+  tile.from = tile.start + tile.first / op.group;
+  tile.to = tile.start + (min_of(tile.first + ROWS, tile.queries) - 1) / op.group;
+  return tile;
+}
 
 // Where a query's elements are in a tensor whose rows have `stride` elements.
 template <uint32_t DIM, typename Op>
@@ -108,36 +114,66 @@ __device__ void fetch_q(const AttentionPrefill<T, DIM>& op, const Tile& tile, Pa
 template <typename T, uint32_t DIM>
 struct Stream {
   static constexpr uint32_t PACKS = DIM / PACK;
+  static constexpr uint32_t BLOCKS = KEYS / BLOCK_TOKENS;
   static constexpr uint32_t TILE = KEYS * PACKS;
+  // Packs of a block for each thread. Their rows are whole multiples of 8 apart, which the swizzle
+  // does not see, so that one place in shared memory says all.
+  static constexpr uint32_t COPIES = BLOCK_TOKENS * PACKS / THREADS;
+  static_assert(THREADS / PACKS % PACK == 0 && COPIES * THREADS == BLOCK_TOKENS * PACKS, "whole rows");
+  const AttentionPrefill<T, DIM>& op;
+  const Tile& tile;
   Pack<T>* ring;
-  const T* cache;
-  const uint32_t* table;
-  uint64_t v_offset, block_elements;
-  uint32_t begin, end, slot = 0;
+  // The slot that is written next.
+  uint32_t slot = 0;
 
-  __device__ Stream(const AttentionPrefill<T, DIM>& op, const Tile& tile, Pack<T>* ring) : ring(ring) {
-    KvLayout<DIM> kv{op.kv_heads};
-    cache = op.cache + kv.k(0, blockIdx.x);
-    v_offset = kv.v(0, blockIdx.x) - kv.k(0, blockIdx.x);
-    block_elements = kv.k(1, 0);
-    table = op.block_tables + uint64_t(tile.seq) * op.table_stride;
-    begin = window_start(tile.from + 1, op.window);
-    end = tile.to + 1;
-  }
-  // Tokens that none of the rows sees are zeros, as what lies there may be anything.
-  __device__ void fetch(uint32_t first, uint64_t offset) {
-    if (first < end) {
+  __device__ Stream(const AttentionPrefill<T, DIM>& op, const Tile& tile, Pack<T>* ring)
+      : op(op), tile(tile), ring(ring + swizzled<DIM>(threadIdx.x / PACKS, threadIdx.x % PACKS)) {}
+  __device__ uint32_t begin() const { return window_start(tile.from + 1, op.window); }
+  __device__ uint32_t end() const { return tile.to + 1; }
+
+  // Physical blocks of a tile, of those that are wanted.
+  struct Ids {
+    uint32_t id[BLOCKS];
+  };
+  __device__ Ids look_up(uint32_t first) const {
+    Ids ids = {};
+    const uint32_t* table = op.block_tables + uint64_t(tile.seq) * op.table_stride;
 #pragma unroll
-      for (uint32_t i = 0; i < TILE / THREADS; i++) {
-        uint32_t at = i * THREADS + threadIdx.x, token = at / PACKS, position = first + token;
-        bool seen = position >= begin && position < end;
-        uint32_t id = seen ? table[position / BLOCK_TOKENS] : 0;
-        const T* from = cache + id * block_elements + offset + token % BLOCK_TOKENS * DIM;
-        cp_async_16(ring + slot * TILE + swizzled<DIM>(token, at % PACKS), from + at % PACKS * PACK, seen);
-      }
+    for (uint32_t i = 0; i < BLOCKS; i++) {
+      uint32_t at = first / BLOCK_TOKENS + i;
+      if (at >= begin() / BLOCK_TOKENS && at * BLOCK_TOKENS < end()) ids.id[i] = table[at];
+    }
+    return ids;
+  }
+
+  // Tokens that none of the rows sees are zeros, as what lies there may be anything.
+  template <bool IS_V>
+  __device__ void fetch(uint32_t first, const Ids& ids) {
+    if (first >= begin() && first + KEYS <= end()) {
+      copy<IS_V>(ids, [](uint32_t) { return true; });
+    } else if (first < end()) {
+      copy<IS_V>(ids, [&](uint32_t row) {
+        uint32_t position = first + threadIdx.x / PACKS + row;
+        return position >= begin() && position < end();
+      });
     }
     cp_async_commit();
     slot = slot + 1 == SLOTS ? 0 : slot + 1;
+  }
+  template <bool IS_V, typename Seen>
+  __device__ void copy(const Ids& ids, Seen seen) {
+    KvLayout<DIM> kv{op.kv_heads};
+    Pack<T>* to = ring + slot * TILE;
+#pragma unroll
+    for (uint32_t i = 0; i < BLOCKS; i++) {
+      const T* from = op.cache + threadIdx.x * PACK;
+      from += IS_V ? kv.v(ids.id[i], blockIdx.x) : kv.k(ids.id[i], blockIdx.x);
+#pragma unroll
+      for (uint32_t j = 0; j < COPIES; j++) {
+        uint32_t at = j * THREADS, row = i * BLOCK_TOKENS + j * (THREADS / PACKS);
+        cp_async_16(to + i * BLOCK_TOKENS * PACKS + at, from + at * PACK, seen(row));
+      }
+    }
   }
 };
 
@@ -149,9 +185,8 @@ struct Attention {
   float largest[PARTS][2];
   // Of this lane's tokens.
   float sum[PARTS][2] = {};
-  // Positions of the warp's first and last query.
-  uint32_t from, to;
-  bool idle;
+  // Past the position of the warp's last query; 0 where it has none.
+  uint32_t end;
   float scale_log2;
   const AttentionPrefill<T, DIM>& op;
   const Tile& tile;
@@ -160,9 +195,7 @@ struct Attention {
       : scale_log2(op.scale * LOG2_E), op(op), tile(tile) {
 #pragma unroll
     for (uint32_t i = 0; i < PARTS * 2; i++) largest[i / 2][i % 2] = NOTHING_SEEN;
-    idle = tile.first + warp() * WARP_ROWS >= tile.queries;
-    from = position(0);
-    to = position(WARP_ROWS - 1);
+    end = tile.first + warp() * WARP_ROWS < tile.queries ? position(WARP_ROWS - 1) + 1 : 0;
   }
 
   // Of a row of the warp; those past the end are as the last.
@@ -170,10 +203,6 @@ struct Attention {
     return tile.start + min_of(tile.first + warp() * WARP_ROWS + row, tile.queries - 1) / op.group;
   }
 
-  // Whether any of the warp's rows sees any of a tile of tokens.
-  __device__ bool sees(uint32_t first) const {
-    return !idle && first <= to && first + KEYS > window_start(from + 1, op.window);
-  }
 
   __device__ void score(const Pack<T>* q, const Pack<T>* k, float (&s)[PARTS][KEYS / 8][4]) const {
 #pragma unroll
@@ -279,15 +308,13 @@ struct Attention {
     for (uint32_t part = 0; part < PARTS; part++) {
 #pragma unroll
       for (uint32_t half = 0; half < 2; half++) {
-        float all = sum[part][half];
-        all += __shfl_xor_sync(ALL_LANES, all, 1);
-        all += __shfl_xor_sync(ALL_LANES, all, 2);
+        float by = 1.0f / warp_sum<4>(sum[part][half]);
         uint32_t row = first + part * 16 + half * 8 + lane() / 4;
 #pragma unroll
         for (uint32_t i = 0; i < DIM / 8; i++) {
           const float* two = o[part][i] + half * 2;
           pairs[swizzled<DIM>(row, i) * 4 + lane() % 4] =
-              uint32_t(from_float<T>(two[0] / all).bits) | uint32_t(from_float<T>(two[1] / all).bits) << 16;
+              uint32_t(from_float<T>(two[0] * by).bits) | uint32_t(from_float<T>(two[1] * by).bits) << 16;
         }
       }
     }
@@ -321,29 +348,33 @@ __device__ void narrow_weights(const float (&s)[PARTS][KEYS / 8][4], uint32_t (&
 template <typename T, uint32_t DIM>
 __device__ void run(const AttentionPrefill<T, DIM>& op) {
   DYNAMIC_SHARED(shared);
-  Tile tile(op, gridDim.y - 1 - blockIdx.y);
+  SHARED(Tile, tiles, 1);
+  const Tile& tile = tiles[0];
+  if (threadIdx.x == 0) tiles[0] = find_tile(op, gridDim.y - 1 - blockIdx.y);
+  __syncthreads();
   if (tile.is_empty()) return;
   auto* q = reinterpret_cast<Pack<T>*>(shared);
   Pack<T>* ring = q + ROWS * DIM / PACK;
   Stream<T, DIM> stream(op, tile, ring);
-  uint32_t first = stream.begin / KEYS * KEYS, slot = 0;
+  uint32_t first = stream.begin() / KEYS * KEYS;
   fetch_q(op, tile, q);
-  stream.fetch(first, 0);
-  stream.fetch(first, stream.v_offset);
+  auto ids = stream.look_up(first);
+  stream.template fetch<false>(first, ids);
+  stream.template fetch<true>(first, ids);
   Attention<T, DIM> attention(op, tile);
-  // The slot that the whole block is done with is the next to be written.
+  // What was fetched first of what is in the ring. The slot before it is free to be written, as the
+  // whole block has come here since it used that.
   auto arrived = [&] {
     cp_async_wait<SLOTS - 2>();
     __syncthreads();
-    const Pack<T>* at = ring + slot * Stream<T, DIM>::TILE;
-    slot = slot + 1 == SLOTS ? 0 : slot + 1;
-    return at;
+    return ring + (stream.slot + 1) % SLOTS * Stream<T, DIM>::TILE;
   };
-  for (; first < stream.end; first += KEYS) {
-    bool sees = attention.sees(first);
+  for (; first < stream.end(); first += KEYS) {
+    bool sees = first < attention.end;
     uint32_t weights[PARTS][KEYS / 16][4];
+    ids = stream.look_up(first + KEYS);
     const Pack<T>* k = arrived();
-    stream.fetch(first + KEYS, 0);
+    stream.template fetch<false>(first + KEYS, ids);
     if (sees) {
       float s[PARTS][KEYS / 8][4] = {};
       attention.score(q, k, s);
@@ -351,12 +382,14 @@ __device__ void run(const AttentionPrefill<T, DIM>& op) {
       attention.weigh(s);
       narrow_weights<T>(s, weights);
     }
+    // Looked up again rather than kept: registers are what this kernel has least of.
+    ids = stream.look_up(first + KEYS);
     const Pack<T>* v = arrived();
-    stream.fetch(first + KEYS, stream.v_offset);
+    stream.template fetch<true>(first + KEYS, ids);
     if (sees) attention.add(v, weights);
   }
   cp_async_wait<0>();
-  if (!attention.idle) attention.store(q);
+  if (attention.end > 0) attention.store(q);
 }
 
 #define ATTENTION_PREFILL(TYPE, DIM) \

@@ -161,10 +161,9 @@ fn what_is_broken_is_noticed() {
         assert!(y.and_then(|y| step.check(&y)).is_err(), "{to} in place of {from}");
     };
     check("cp_async_wait<SLOTS - 2>()", "cp_async_wait<SLOTS - 1>()");
-    check("position >= begin && position < end;", "position >= begin;");
+    check("position >= begin() && position < end();", "position >= begin();");
     check("at < begin || at >= end", "at < begin || at > end");
-    check("first + KEYS > window_start", "first > window_start");
     check("if (__ballot_sync(ALL_LANES, larger) == 0) return;", "return;");
     check("op.cu_seqlens_q[seq] * op.group / ROWS + seq", "op.cu_seqlens_q[seq] * op.group / ROWS");
-    check("__syncthreads();\n    const Pack<T>* at", "const Pack<T>* at");
+    check("__syncthreads();\n    return ring", "return ring");
 }
