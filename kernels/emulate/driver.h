@@ -162,6 +162,22 @@ inline int drive(const char* request, const char* response) {
 
 }  // namespace emulate
 
+#ifdef EMULATE_LIBRARY
+// A launch on memory of this process: `args` hold its addresses. `shape` is grid, block and the bytes of
+// dynamic shared memory.
+extern "C" __attribute__((visibility("default"))) void emulate_launch(const char* name,
+                                                                      const uint32_t* shape,
+                                                                      const char* args,
+                                                                      uint64_t args_bytes) {
+  emulate::Launch launch;
+  launch.name = name;
+  launch.grid = {shape[0], shape[1], shape[2]};
+  launch.block = {shape[3], shape[4], shape[5]};
+  launch.shared_bytes = shape[6];
+  launch.args = std::string(args, args_bytes);
+  emulate::run_launch(launch, {});
+}
+#else
 int main(int count, char** args) {
   if (count != 3) emulate::refuse("usage: driver REQUEST RESPONSE");
   int code = emulate::drive(args[1], args[2]);
@@ -169,3 +185,4 @@ int main(int count, char** args) {
   fflush(nullptr);
   _exit(code);
 }
+#endif

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 pub use config::{Biases, Family, ModelConfig, RopeScaling};
 pub use llama::{Llama, RuntimeLimits};
-pub use load::{GgufFile, WeightFiles, load, load_to};
+pub use load::{GgufFile, WeightFiles, load, load_dummy, load_to};
 
 use crate::ops::{Matrix, Vector};
 

@@ -229,7 +229,9 @@ impl Attention<'_> {
         let (mut tokens, mut pairs) = (0, 0);
         for (seq, len) in inputs.seq_lens.iter().enumerate() {
             let len = *len as usize;
+            // A row of padding sees nothing.
             let rows = (inputs.cu_seqlens_q[seq + 1] - inputs.cu_seqlens_q[seq]) as usize;
+            let rows = rows.min(len);
             let sees = |end: usize| self.window.map_or(end, |window| end.min(window));
             tokens += sees(len).saturating_add(rows.saturating_sub(1)).min(len);
             pairs += (len - rows + 1..=len).map(sees).sum::<usize>();

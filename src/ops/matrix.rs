@@ -4,6 +4,7 @@ use candle_core::{Result, bail};
 
 use super::{
     DenseType, PackedWeight, PackedWeightBuilder, QuantRow, QuantSpec,
+    fill::Fill,
     gpu::{Buffer, Gpu, Half, PACK},
     weight::read_dense,
 };
@@ -166,6 +167,14 @@ impl MatrixBuilder<'_> {
         }
     }
 
+    /// `n` rows of made-up values, the same for the same seed, of about the size that trained ones have.
+    pub fn push_dummy(&mut self, n: usize, seed: u32) -> Result<()> {
+        match self {
+            Self::Host(_) => bail!("made-up weights are for a GPU"),
+            Self::Gpu(rows) => rows.push_dummy(n, seed),
+        }
+    }
+
     pub fn build(self) -> Result<Matrix> {
         match self {
             Self::Host(builder) => Ok(Matrix::Host(builder.build())),
@@ -208,6 +217,18 @@ impl GpuRows<'_> {
             }
         }
         Ok(())
+    }
+
+    fn push_dummy(&mut self, n: usize, seed: u32) -> Result<()> {
+        self.flush()?;
+        let (to, count) = (self.memory.address + self.sent as u64, n * self.k);
+        // Products of such rows with activations of size 1 are of size 1.
+        let size = (3.0 / self.k as f32).sqrt();
+        self.sent += count * Half::BYTES;
+        if self.sent > self.memory.bytes {
+            bail!("a weight has more rows than it should");
+        }
+        Fill { to, count, dtype: self.dtype, seed, size }.run(self.gpu)
     }
 
     fn push(&mut self, value: f32) -> Result<()> {

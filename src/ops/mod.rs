@@ -3,6 +3,7 @@
 pub mod arena;
 pub mod attention;
 pub mod embed;
+pub mod fill;
 pub mod gather_rows;
 pub mod gpu;
 pub mod kv_cache;

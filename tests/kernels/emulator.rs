@@ -9,19 +9,28 @@ use std::{
 
 /// Compilations at one time.
 static COMPILERS: [Mutex<()>; 2] = [Mutex::new(()), Mutex::new(())];
-const FLAGS: [&str; 12] = [
+const FLAGS: [&str; 8] = [
     "-x",
     "c++",
     "-std=c++17",
-    "-O1",
-    "-g1",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=undefined",
     "-Wall",
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",
     "-Wno-unused-function",
+];
+const SANITIZED: [&str; 4] =
+    ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"];
+/// A library of one kernel file, none of whose names meet those of another. Kernels use one piece of
+/// shared memory for several types, as nvcc lets them.
+const LIBRARY: [&str; 7] = [
+    "-O2",
+    "-fno-strict-aliasing",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+    "-DEMULATE_LIBRARY",
 ];
 
 fn kernels() -> PathBuf {
@@ -38,38 +47,16 @@ impl Emulator {
         Self::build(name, &std::fs::read_to_string(path).expect("a kernel of that name"))
     }
 
-    /// The same sources are built once for all runs of the tests of this build directory.
     pub fn build(name: &str, source: &str) -> Self {
-        let mut hasher = DefaultHasher::new();
-        (source, FLAGS).hash(&mut hasher);
-        for dir in [kernels(), kernels().join("emulate")] {
-            let mut files: Vec<PathBuf> = std::fs::read_dir(dir)
-                .expect("kernels")
-                .map(|e| e.expect("a file").path())
-                .collect();
-            files.retain(|file| file.extension().is_some_and(|e| e == "cuh" || e == "h"));
-            files.sort();
-            for file in files {
-                std::fs::read(file).expect("readable").hash(&mut hasher);
-            }
-        }
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
-        std::fs::create_dir_all(&dir).expect("a directory");
-        let built = dir.join(format!("{name}-{:016x}", hasher.finish()));
-        let lane = &COMPILERS[hasher.finish() as usize % COMPILERS.len()];
-        let _one = lane.lock().unwrap_or_else(PoisonError::into_inner);
-        if !built.exists() {
-            let own = tempfile::tempdir_in(&dir).expect("a directory");
-            let (from, to) = (own.path().join("kernel.cu"), own.path().join("kernel"));
-            std::fs::write(&from, source).expect("written");
-            let mut compiler = Command::new("g++");
-            compiler.args(FLAGS).arg("-I").arg(kernels()).arg(from).arg("-o").arg(&to);
-            let output =
-                compiler.output().expect("g++, with its sanitizers, which the README asks for");
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            std::fs::rename(to, &built).expect("renamed");
-        }
-        Self(built)
+        Self(compiled(name, source, &SANITIZED))
+    }
+
+    /// `kernels/NAME.cu` as a library, for whole models on memory of the process that opens it: quicker,
+    /// since it is not sanitized.
+    pub fn library(name: &str) -> PathBuf {
+        let path = kernels().join(format!("{name}.cu"));
+        let source = std::fs::read_to_string(path).expect("a kernel of that name");
+        compiled(&format!("{name}-library"), &source, &LIBRARY)
     }
 
     /// The buffers after the launches, or what the emulator said.
@@ -99,6 +86,38 @@ impl Emulator {
         };
         Ok(buffers.iter().map(&mut next).collect())
     }
+}
+
+/// The same sources are built once for all runs of the tests of this build directory.
+fn compiled(name: &str, source: &str, flags: &[&str]) -> PathBuf {
+    let mut hasher = DefaultHasher::new();
+    (source, FLAGS, flags).hash(&mut hasher);
+    for dir in [kernels(), kernels().join("emulate")] {
+        let mut files: Vec<PathBuf> =
+            std::fs::read_dir(dir).expect("kernels").map(|e| e.expect("a file").path()).collect();
+        files.retain(|file| file.extension().is_some_and(|e| e == "cuh" || e == "h"));
+        files.sort();
+        for file in files {
+            std::fs::read(file).expect("readable").hash(&mut hasher);
+        }
+    }
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
+    std::fs::create_dir_all(&dir).expect("a directory");
+    let built = dir.join(format!("{name}-{:016x}", hasher.finish()));
+    let lane = &COMPILERS[hasher.finish() as usize % COMPILERS.len()];
+    let _one = lane.lock().unwrap_or_else(PoisonError::into_inner);
+    if !built.exists() {
+        let own = tempfile::tempdir_in(&dir).expect("a directory");
+        let (from, to) = (own.path().join("kernel.cu"), own.path().join("kernel"));
+        std::fs::write(&from, source).expect("written");
+        let mut compiler = Command::new("g++");
+        compiler.args(FLAGS).args(flags).arg("-I").arg(kernels()).arg(from).arg("-o").arg(&to);
+        let output =
+            compiler.output().expect("g++, with its sanitizers, which the README asks for");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        std::fs::rename(to, &built).expect("renamed");
+    }
+    built
 }
 
 /// A field of a kernel's argument struct.

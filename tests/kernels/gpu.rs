@@ -1,0 +1,196 @@
+//! GPUs for the forward: one that runs every kernel emulated, on memory of this process, and one that
+//! only notes what it is asked.
+
+use std::{
+    collections::HashMap,
+    ffi::{CString, c_char, c_void},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
+};
+
+use candela::ops::{
+    Region,
+    gpu::{Buffer, Gpu, Half, Launch, Matmul},
+};
+use candle_core::{Result, bail};
+
+use crate::emulator::Emulator;
+
+type EmulatedLaunch = unsafe extern "C" fn(*const c_char, *const u32, *const c_char, u64);
+
+/// Files of `kernels/`, by the kernels in them: their names begin so.
+const FILES: [&str; 10] = [
+    "attention_combine",
+    "attention_decode",
+    "attention_prefill",
+    "advance",
+    "block_copy",
+    "embed",
+    "fill",
+    "gather_rows",
+    "rms_norm",
+    "rope",
+];
+
+/// Memory of a GPU holds NaN until it is written.
+const POISON: u8 = 0xff;
+
+/// What is open, for all tests of the process: an emulated kernel has one grid at a time.
+static KERNELS: LazyLock<Mutex<HashMap<&'static str, EmulatedLaunch>>> =
+    LazyLock::new(Mutex::default);
+
+pub struct EmulatedGpu {
+    /// Few, so that small models have several splits in decode attention, and some with many rows none.
+    pub multiprocessors: usize,
+}
+
+impl EmulatedGpu {
+    pub fn new(multiprocessors: usize) -> Self {
+        Self { multiprocessors }
+    }
+}
+
+/// Memory that nothing moves.
+struct Memory(Vec<u128>);
+
+fn memory(bytes: usize, value: u8) -> Buffer {
+    let memory = Memory(vec![u128::from_ne_bytes([value; 16]); bytes.div_ceil(16).max(1)]);
+    let address = memory.0.as_ptr() as u64;
+    Buffer::new(address, bytes, Arc::new(memory))
+}
+
+impl Gpu for EmulatedGpu {
+    fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        Ok(memory(bytes, POISON))
+    }
+
+    fn region(&self, elements: usize, _: Half) -> Result<Region> {
+        Ok(Region::Emulated(memory(elements * Half::BYTES, POISON)))
+    }
+
+    fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        write(to, bytes);
+        Ok(())
+    }
+
+    fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<()> {
+        let file =
+            FILES.into_iter().chain(["silu_mul"]).find(|file| launch.kernel.starts_with(file));
+        let Some(file) = file else { bail!("no file has the kernel {}", launch.kernel) };
+        let mut kernels = KERNELS.lock().unwrap_or_else(PoisonError::into_inner);
+        let run = *kernels.entry(file).or_insert_with(|| open(file));
+        let name = CString::new(launch.kernel).expect("no NUL");
+        let [x, y, z] = launch.grid;
+        let shape = [x, y, z, launch.threads, 1, 1, launch.shared_bytes];
+        let args = launch.args.bytes();
+        // SAFETY: what the arguments point to lives as long as the model that planned the launch.
+        unsafe { run(name.as_ptr(), shape.as_ptr(), args.as_ptr().cast(), args.len() as u64) };
+        Ok(())
+    }
+
+    fn matmul(&self, op: &Matmul) -> Result<()> {
+        let halves = |at: u64, count: usize| -> Vec<f32> {
+            let words = read(at, count * Half::BYTES);
+            let (words, _) = words.as_chunks::<2>();
+            words.iter().map(|word| op.dtype.value(u16::from_ne_bytes(*word))).collect()
+        };
+        let (x, w) = (halves(op.x, op.m * op.k), halves(op.w, op.n * op.k));
+        let bias = op.bias.map(|bias| halves(bias, op.n));
+        for row in 0..op.m {
+            let x = &x[row * op.k..][..op.k];
+            for col in 0..op.n {
+                let products = x.iter().zip(&w[col * op.k..]).map(|(x, w)| x * w);
+                let sum = products.sum::<f32>() + bias.as_ref().map_or(0.0, |bias| bias[col]);
+                let at = row * op.y_stride + col;
+                match op.wide {
+                    true => write(op.y + 4 * at as u64, &sum.to_ne_bytes()),
+                    false => write(op.y + 2 * at as u64, &op.dtype.bits(sum).to_ne_bytes()),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Opens the kernels of a file, which stay.
+fn open(file: &str) -> EmulatedLaunch {
+    let path = Emulator::library(file);
+    let path = CString::new(path.to_str().expect("a path of UTF-8")).expect("no NUL");
+    // SAFETY: a library that was built from a kernel's source; its symbol has this type.
+    unsafe {
+        let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+        assert!(!library.is_null(), "{path:?} does not open");
+        let symbol = libc::dlsym(library, c"emulate_launch".as_ptr());
+        assert!(!symbol.is_null(), "{path:?} has no emulate_launch");
+        std::mem::transmute::<*mut c_void, EmulatedLaunch>(symbol)
+    }
+}
+
+pub fn read(at: u64, bytes: usize) -> Vec<u8> {
+    // SAFETY: the callers have addresses of memory that is still allocated.
+    unsafe { std::slice::from_raw_parts(at as *const u8, bytes) }.to_vec()
+}
+
+fn write(at: u64, bytes: &[u8]) {
+    // SAFETY: as above, and one thread at a time computes.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at as *mut u8, bytes.len()) };
+}
+
+/// What a step consists of.
+#[derive(Clone, Debug)]
+pub enum Asked {
+    Kernel(Launch),
+    Matmul(Matmul),
+}
+
+/// Has no memory: addresses count up from nothing.
+#[derive(Default)]
+pub struct NotedGpu {
+    pub asked: Mutex<Vec<Asked>>,
+    used: Mutex<u64>,
+}
+
+impl NotedGpu {
+    fn note(&self, asked: Asked) {
+        self.asked.lock().expect("no panic").push(asked);
+    }
+
+    /// Bytes that were asked for.
+    pub fn allocated(&self) -> u64 {
+        *self.used.lock().expect("no panic")
+    }
+}
+
+impl Gpu for NotedGpu {
+    fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        let mut used = self.used.lock().expect("no panic");
+        let address = *used;
+        *used += bytes as u64;
+        Ok(Buffer::new(address, bytes, Arc::new(())))
+    }
+
+    fn region(&self, elements: usize, _: Half) -> Result<Region> {
+        self.allocate(elements * Half::BYTES).map(Region::Emulated)
+    }
+
+    fn upload(&self, _: u64, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn multiprocessors(&self) -> usize {
+        132
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<()> {
+        self.note(Asked::Kernel(launch.clone()));
+        Ok(())
+    }
+
+    fn matmul(&self, matmul: &Matmul) -> Result<()> {
+        self.note(Asked::Matmul(*matmul));
+        Ok(())
+    }
+}
