@@ -41,6 +41,13 @@ inline uint32_t __float_as_uint(float x) {
 }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+// As far off as CUDA's documentation lets it be, in either direction.
+inline float __logf(float x) {
+  float y = logf(x), off = x >= 0.5f && x <= 2.0f ? 3.5e-7f : fabsf(y) * 3.5e-7f;
+  return __float_as_uint(x) & 1 ? y + off : y - off;
+}
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -77,6 +84,27 @@ inline f16 from_float<f16>(float x) {
   uint32_t count = static_cast<uint32_t>(nearbyintf(ldexpf(size, -unit)));
   uint32_t bits = unit == -24 ? count : count + (uint32_t(unit + 24) << 10);
   return {static_cast<uint16_t>(sign | (bits > 0x7bff ? 0x7bff : bits))};
+}
+
+// 16 bytes that are read once.
+template <typename P>
+inline P load_once(const void* from) {
+  static_assert(sizeof(P) == 16, "one 16-byte load");
+  return *static_cast<const P*>(from);
+}
+
+// Threads hand over at collectives alone, so nothing comes in between.
+template <typename V>
+inline V atomicAdd(V* to, V value) {
+  V before = *to;
+  *to += value;
+  return before;
+}
+template <typename V>
+inline V atomicOr(V* to, V value) {
+  V before = *to;
+  *to |= value;
+  return before;
 }
 
 template <typename V>
