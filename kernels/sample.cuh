@@ -14,7 +14,7 @@ struct alignas(16) Quad {
 constexpr float TEMPERATURE_MIN = 1e-5f;
 
 // A seat's parameters, from its `SamplingParams`.
-struct Seat {
+struct alignas(16) Seat {
   float temperature;
   float top_p;
   // ln(min_p), minus infinity if off: of the host, so that both take the same logarithm.

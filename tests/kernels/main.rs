@@ -3,7 +3,10 @@
 
 mod cache;
 mod emulator;
+mod gemv;
 mod harness;
+mod logprobs;
 mod matrix;
 mod rows;
+mod sampling;
 mod values;
