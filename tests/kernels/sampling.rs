@@ -2,7 +2,7 @@
 
 use candela::{
     ops::CpuPool,
-    sampling::{SampleRow, SamplingParams, Sampler, key_of},
+    sampling::{SampleRow, Sampler, SamplingParams, key_of},
     types::{SlotId, TokenId},
 };
 
@@ -120,7 +120,8 @@ impl Case {
                 }
             }
             let mut out = out.into_iter();
-            let token = |row: &Row| if row.slot == PAD { POISON } else { out.next().expect("one").token };
+            let token =
+                |row: &Row| if row.slot == PAD { POISON } else { out.next().expect("one").token };
             after.drawn.push(rows.iter().map(token).collect());
             for (slot, seen) in counts.iter().enumerate() {
                 if let Some(seen) = seen {
@@ -158,9 +159,14 @@ impl Case {
                 first += count;
                 seat(begin, first - count)
             });
-            let mut args = vec![made.buffer(words(&slots)), made.buffer(words(&params.collect::<Vec<_>>()))];
-            args.extend(join(begins.iter().map(|begin| &begin.prompt)).map(|list| made.buffer(list)));
-            args.extend(join(begins.iter().map(|begin| &begin.output)).map(|list| made.buffer(list)));
+            let mut args =
+                vec![made.buffer(words(&slots)), made.buffer(words(&params.collect::<Vec<_>>()))];
+            args.extend(
+                join(begins.iter().map(|begin| &begin.prompt)).map(|list| made.buffer(list)),
+            );
+            args.extend(
+                join(begins.iter().map(|begin| &begin.output)).map(|list| made.buffer(list)),
+            );
             args.extend([seats, seen, vocab]);
             made.launch("sample_begin", [begins.len(), 1], 64, args);
 
@@ -172,13 +178,34 @@ impl Case {
             let changed = made.buffer(words(&vec![POISON; rows.len() * self.stride()]));
             let best = made.buffer(words(&vec![POISON; rows.len() * parts * 2]));
             let args = vec![
-                logits, logits_rows, slots, positions, bans[0], bans[1], seats, bias_tokens, bias_values,
-                seen, changed, best, vocab, stride,
+                logits,
+                logits_rows,
+                slots,
+                positions,
+                bans[0],
+                bans[1],
+                seats,
+                bias_tokens,
+                bias_values,
+                seen,
+                changed,
+                best,
+                vocab,
+                stride,
             ];
             made.launch("sample_scan", [parts, rows.len()], self.threads[0], args);
             let tokens = made.buffer(words(&vec![POISON; rows.len()]));
             let args = vec![
-                best, changed, slots, positions, seats, seen, tokens, sampled, vocab, stride,
+                best,
+                changed,
+                slots,
+                positions,
+                seats,
+                seen,
+                tokens,
+                sampled,
+                vocab,
+                stride,
                 Arg::U32(parts as u32),
             ];
             made.launch("sample", [rows.len(), 1], self.threads[1], args);
@@ -355,4 +382,153 @@ fn tokens_are_those_of_the_cpu() {
     random_case(1030, 96, 3, [64, 96]).check(&emulator);
     random_case(4096, 48, 2, [128, 256]).check(&emulator);
     random_case(49_152, 11, 1, [128, 1024]).check(&emulator);
+}
+
+/// One draw of a seat of its own.
+struct Edge {
+    logits: Vec<f32>,
+    params: SamplingParams,
+    banned: Vec<TokenId>,
+}
+
+/// Each edge of a vocabulary with many seeds, as one case.
+fn edge_case(name: &str, edges: &[Edge], seeds: u32, threads: [u32; 2]) -> Case {
+    let (mut begins, mut rows) = (Vec::new(), Vec::new());
+    for (logits_row, edge) in edges.iter().enumerate() {
+        for seed in 0..seeds {
+            let slot = rows.len() as u32;
+            let params = SamplingParams { seed: seed.into(), ..edge.params.clone() };
+            begins.push(Begin { slot, params, ..Begin::default() });
+            let (logits_row, banned) = (logits_row as u32, edge.banned.clone());
+            rows.push(Row { logits_row, slot, position: seed % 3, banned });
+        }
+    }
+    let logits = edges.iter().flat_map(|edge| edge.logits.clone()).collect();
+    let (vocab, slots) = (edges[0].logits.len(), rows.len() as u32);
+    Case { name: name.into(), vocab, logits, slots, rounds: vec![(begins, rows)], threads }
+}
+
+const INF: f32 = f32::INFINITY;
+
+fn small_edges() -> Vec<Edge> {
+    let plain = SamplingParams::default();
+    let greedy = SamplingParams { temperature: 0.0, ..plain.clone() };
+    let ties = vec![1.0, 3.0, 3.0, 2.0, 3.0, 3.0];
+    let zeros = vec![-0.0, -1.0, 0.0, -0.0, 0.0, -2.0];
+    let falling: Vec<f32> = (0..6).map(|at| -(at as f32)).collect();
+    let mut edges = Vec::new();
+    let mut edge = |logits: &[f32], params: SamplingParams, banned: &[TokenId]| {
+        edges.push(Edge { logits: logits.to_vec(), params, banned: banned.to_vec() });
+    };
+    for params in [&plain, &greedy] {
+        edge(&ties, params.clone(), &[0, 1, 2, 3, 5]);
+        edge(&ties, params.clone(), &[0, 1, 2, 3, 4, 5]);
+        edge(&ties, params.clone(), &[1, 1, 6, 7, u32::MAX]);
+        edge(&zeros, params.clone(), &[0]);
+        edge(&[-INF; 6], params.clone(), &[]);
+        edge(&[f32::NAN; 6], params.clone(), &[]);
+        edge(&[f32::NAN, -INF, f32::NAN, 1.0, 1.0, f32::NAN], params.clone(), &[]);
+        edge(&[1.0, INF, 3.0, INF, -INF, 0.0], params.clone(), &[]);
+        edge(&[3e38, -3e38, 3e38, 1.0, -3e38, 2.0], params.clone(), &[]);
+        // Whether biases of one token are summed in their order shows in the last bits.
+        for biases in [
+            &[(4, 0.5), (0, -1.0), (4, 1e8), (4, -1e8), (9, 5.0), (1, 0.25)][..],
+            &[(4, 1e8), (4, -1e8), (2, f32::INFINITY)],
+            &[(4, 1e8), (3, 0.99), (4, -1e8), (4, 0.5), (4, 0.5)],
+        ] {
+            edge(&ties, SamplingParams { logit_bias: biases.into(), ..params.clone() }, &[2]);
+        }
+    }
+    for top_k in [1, 2, 4, 5, 6, 7, u32::MAX] {
+        let params = SamplingParams { top_k, ..plain.clone() };
+        edge(&ties, params.clone(), &[]);
+        edge(&zeros, params.clone(), &[]);
+        edge(&ties, SamplingParams { top_p: 0.5, min_p: 0.9, ..params }, &[4]);
+    }
+    // Shares of equal logits are exact: a half of four of them is two, and that keeps all four.
+    for top_p in [1e-6, 0.25, 0.5, 0.75, 0.999_999_9] {
+        let params = SamplingParams { top_p, ..plain.clone() };
+        edge(&ties, params.clone(), &[]);
+        edge(&[2.0; 6], params.clone(), &[0, 3]);
+        edge(&falling, params.clone(), &[]);
+        edge(&[3e38, -3e38, 3e38, 1.0, -3e38, 2.0], params.clone(), &[]);
+        edge(
+            &[1.0, INF, 3.0, INF, -INF, 0.0],
+            SamplingParams { top_k: 3, min_p: 0.2, ..params },
+            &[],
+        );
+    }
+    for min_p in [1e-30, 0.1, 0.367, 0.368, 1.0] {
+        let params = SamplingParams { min_p, ..plain.clone() };
+        edge(&ties, params.clone(), &[]);
+        edge(&falling, params.clone(), &[]);
+        edge(&[-INF, -INF, 1.0, -INF, -INF, -INF], params.clone(), &[]);
+        edge(&falling, SamplingParams { temperature: 2e-5, ..params }, &[]);
+    }
+    edges
+}
+
+/// Filters whose bound is too far down, or leaves too much, for what is kept at once.
+fn deep_edges() -> Vec<Edge> {
+    let random = &mut Random::new(3);
+    let vocab = 9001;
+    let flat = |at: usize| (at * 7919 % vocab) as f32 / vocab as f32;
+    let flat: Vec<f32> = (0..vocab).map(flat).collect();
+    let mut steep = logits(0, vocab, random);
+    steep[5000] = 60.0;
+    let tied = vec![0.25; vocab];
+    let mut edges = Vec::new();
+    for logits in [&flat, &steep, &tied] {
+        for params in [
+            SamplingParams { top_k: 6000, ..Default::default() },
+            SamplingParams { top_k: 50, temperature: 1.7, ..Default::default() },
+            SamplingParams { top_p: 0.95, ..Default::default() },
+            SamplingParams { top_p: 0.3, temperature: 1e5, ..Default::default() },
+            SamplingParams { min_p: 0.4, ..Default::default() },
+            SamplingParams { min_p: 1e-20, ..Default::default() },
+            SamplingParams { top_k: 7000, top_p: 0.8, min_p: 0.5, ..Default::default() },
+        ] {
+            edges.push(Edge { logits: logits.clone(), params, banned: vec![7, 8999] });
+        }
+    }
+    edges
+}
+
+#[test]
+fn edges_are_those_of_the_cpu() {
+    let emulator = Emulator::of_all(&FILES);
+    edge_case("small", &small_edges(), 6, [32, 32]).check(&emulator);
+    edge_case("deep", &deep_edges(), 1, [128, 512]).check(&emulator);
+}
+
+/// Mistakes in the kernels that the cases must notice.
+#[test]
+fn what_is_broken_is_noticed() {
+    let whole = source(&FILES);
+    for (name, right, wrong) in [
+        (
+            "bans_are_only_low",
+            "tile[token - part.start] = -INFINITY",
+            "tile[token - part.start] = -9.0f",
+        ),
+        ("seat_is_not_cleared", "seen[at] = 0", "seen[at] &= IN_PROMPT"),
+        (
+            "one_more_is_kept",
+            "draw.seat.top_k, 0.0f}, bound)",
+            "draw.seat.top_k + 1, 0.0f}, bound)",
+        ),
+        (
+            "share_of_the_kept",
+            "keep(scratch, draw, row, share)) {",
+            "keep(scratch, draw, row, share)) {\nshare.weight = 0;",
+        ),
+    ] {
+        assert!(whole.contains(right), "{name}: the kernels have no `{right}`");
+        let emulator = Emulator::build(name, &whole.replace(right, wrong));
+        let noticed =
+            [random_case(257, 64, 4, [32, 64]), edge_case("small", &small_edges(), 6, [32, 32])]
+                .iter()
+                .any(|case| case.run(&emulator).expect("it runs") != case.expected());
+        assert!(noticed, "{name}");
+    }
 }
