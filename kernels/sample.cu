@@ -1,8 +1,8 @@
 // The second half of a draw: the best of a row's parts or, with filters, of what they leave.
 //
 // Grid: (samples). Block: whole warps, 1024 threads for rows with filters. Those read their changed
-// logits twice where at most 4096 tokens reach as far down as the first filter does (by 1/32), and up to
-// 11 times, which is exact as well, where more do: flat rows with a large top-k or top-p.
+// logits twice where at most 4096 tokens reach as far down as the first filter does, to 1/16, and up to
+// 12 times, which is exact as well, where more do: flat rows with a large top-k or top-p.
 #include "common.cuh"
 #include "sample.cuh"
 #include "select.cuh"
@@ -63,7 +63,6 @@ __device__ inline bool keep(Scratch& scratch, const Draw& draw, const Row& row, 
     if (!count) share.weight = found.wanted;
     last = found.bin;
   }
-  if (last == BINS - 1) return false;
   if (threadIdx.x == 0) scratch.kept = 0;
   __syncthreads();
   row.each([&](float x, uint32_t id) {
@@ -111,7 +110,7 @@ __device__ inline void run(const Sample& op) {
   }
   best = block_max(best, scratch.picks);
   Draw draw = {op.seats[slot], op.positions[sample], value_of_pick(best), op.vocab};
-  // Where the best is not finite, as of a row that does not compare, it is taken as it is.
+  // Where the best is not finite, as of a row that does not compare, there are no shares.
   if (draw.seat.filters(op.vocab) && fabsf(draw.top) < INFINITY) {
     const float* changed = op.changed + uint64_t(sample) * op.stride;
     Row row = {reinterpret_cast<const Quad*>(changed), div_up(op.vocab, QUAD)};

@@ -3,9 +3,9 @@
 // share, in whole numbers, so that sums are the same in every order.
 #pragma once
 
-// Bins by distance from the best, of 1 / BINS_PER_UNIT; the last has everything from 16 on.
+// Bins by distance from the best, of 1 / BINS_PER_UNIT; the last has everything from 32 on.
 constexpr uint32_t BINS = 512;
-constexpr float BINS_PER_UNIT = 32.0f;
+constexpr float BINS_PER_UNIT = 16.0f;
 // Values of one digit of an order.
 constexpr uint32_t DIGIT_BITS = 8;
 constexpr uint32_t DIGITS = 1 << DIGIT_BITS;
