@@ -68,6 +68,17 @@ __device__ inline float exp2_fast(float x) {
   return to;
 }
 
+// 16 bytes that are read once: they pass the first-level cache by, which keeps what is read again.
+template <typename P>
+__device__ inline P load_once(const void* from) {
+  static_assert(sizeof(P) == 16, "one 16-byte load");
+  uint4 to;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+               : "l"(from));
+  return *reinterpret_cast<P*>(&to);
+}
+
 // c[16, 8] += a[16, 16] b[16, 8], a by rows, b by columns.
 template <typename T>
 __device__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

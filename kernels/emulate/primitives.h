@@ -47,6 +47,14 @@ inline float exp2_fast(float x) {
   return to < 0x1p-126f ? 0.0f : to;
 }
 
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+// As far off as CUDA's documentation lets it be, in either direction.
+inline float __logf(float x) {
+  float y = logf(x), off = x >= 0.5f && x <= 2.0f ? 3.5e-7f : fabsf(y) * 3.5e-7f;
+  return __float_as_uint(x) & 1 ? y + off : y - off;
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {
@@ -87,6 +95,27 @@ inline f16 from_float<f16>(float x) {
 template <typename T>
 inline uint32_t narrow_pair(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+// 16 bytes that are read once.
+template <typename P>
+inline P load_once(const void* from) {
+  static_assert(sizeof(P) == 16, "one 16-byte load");
+  return *static_cast<const P*>(from);
+}
+
+// Threads hand over at collectives alone, so nothing comes in between.
+template <typename V>
+inline V atomicAdd(V* to, V value) {
+  V before = *to;
+  *to += value;
+  return before;
+}
+template <typename V>
+inline V atomicOr(V* to, V value) {
+  V before = *to;
+  *to |= value;
+  return before;
 }
 
 template <typename V>

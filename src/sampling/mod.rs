@@ -5,4 +5,4 @@ pub mod philox;
 pub mod sampler;
 
 pub use params::{SamplingParams, TokenLogprobs};
-pub use sampler::{SampleRow, Sampled, Sampler, token_logprobs};
+pub use sampler::{SampleRow, Sampled, Sampler, key_of, token_logprobs};

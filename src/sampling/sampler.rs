@@ -70,7 +70,6 @@ impl Sampler {
         prompt: &[TokenId],
         output: &[TokenId],
     ) {
-        let key = split_mix(params.seed ^ split_mix(u64::from(choice)));
         let mut counts = HashMap::new();
         for token in output {
             *counts.entry(*token).or_insert(0) += 1;
@@ -78,7 +77,7 @@ impl Sampler {
         let repeats = params.repetition_penalty != 1.0;
         self.seats[slot.0 as usize] = Some(Seat {
             params: params.clone(),
-            key: [key as u32, (key >> 32) as u32],
+            key: key_of(params.seed, choice),
             prompt: if repeats { prompt.iter().copied().collect() } else { HashSet::new() },
             counts,
         });
@@ -270,6 +269,12 @@ pub fn token_logprobs(logits: &[f32], token: TokenId, top: u32) -> TokenLogprobs
     let of = |logit: f32| (f64::from(logit) - norm) as f32;
     let top = largest(logits, top as usize).into_iter().map(|(id, logit)| (id, of(logit)));
     TokenLogprobs { token, logprob: of(logits[token as usize]), top: top.collect() }
+}
+
+/// The generator's key of a request's choice.
+pub fn key_of(seed: u64, choice: u32) -> [u32; 2] {
+    let key = split_mix(seed ^ split_mix(u64::from(choice)));
+    [key as u32, (key >> 32) as u32]
 }
 
 /// A mixer of 64 bits (Steele et al., 2014).

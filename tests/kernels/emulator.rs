@@ -37,14 +37,27 @@ fn kernels() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
 }
 
+/// The text of kernel files, one after the other.
+pub fn source(names: &[&str]) -> String {
+    let read = |name: &&str| {
+        let path = kernels().join(format!("{name}.cu"));
+        std::fs::read_to_string(path).expect("a kernel of that name")
+    };
+    names.iter().map(read).collect()
+}
+
 /// A built kernel file.
 pub struct Emulator(PathBuf);
 
 impl Emulator {
     /// Of `kernels/NAME.cu`.
     pub fn of(name: &str) -> Self {
-        let path = kernels().join(format!("{name}.cu"));
-        Self::build(name, &std::fs::read_to_string(path).expect("a kernel of that name"))
+        Self::of_all(&[name])
+    }
+
+    /// Of several files, whose kernels follow each other on the same buffers.
+    pub fn of_all(names: &[&str]) -> Self {
+        Self::build(&names.join("-"), &source(names))
     }
 
     pub fn build(name: &str, source: &str) -> Self {
