@@ -5,7 +5,7 @@ use std::{any::Any, sync::Arc};
 
 use candle_core::{Result, bail};
 
-use super::{DenseType, Region, StepInputs};
+use super::{DenseType, Packet, Region, StepInputs};
 
 /// Threads of most kernels' blocks.
 pub const THREADS: u32 = 256;
@@ -180,6 +180,24 @@ pub trait Gpu: Send + Sync {
     fn multiprocessors(&self) -> usize;
     fn launch(&self, launch: &Launch) -> Result<()>;
     fn matmul(&self, matmul: &Matmul) -> Result<()>;
+    /// A step begins: its time counts from here.
+    fn begin(&self) -> Result<()>;
+    /// A step ends: its time counts to here. What `from` holds then is copied to the host.
+    fn end(&self, from: u64, bytes: usize) -> Result<Box<dyn Pending>>;
+    /// Keeps what `work` launches, which nothing else of this GPU may interleave with, and does not run
+    /// it. Nothing in it may allocate or upload.
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Graph>>;
+}
+
+/// A step that may not have ended.
+pub trait Pending {
+    /// What was to be copied, and the nanoseconds that the device had the step.
+    fn wait(self: Box<Self>) -> Result<(Vec<u8>, u64)>;
+}
+
+/// Launches that were captured, with their arguments as they were.
+pub trait Graph {
+    fn replay(&self) -> Result<()>;
 }
 
 /// Where the metadata of a step lies, `tokens_max` rows and `seqs_max` sequences: always at the same
@@ -256,8 +274,15 @@ impl StepBuffers {
         self.memory.bytes
     }
 
-    /// Brings the metadata of a step to the GPU.
-    pub fn upload(&self, gpu: &dyn Gpu, inputs: &StepInputs) -> Result<()> {
+    /// Words of the largest step's metadata.
+    pub fn packet_words_max(&self) -> usize {
+        let StepLimits { tokens, seqs, logits_rows, blocks_per_seq, block_copies, .. } =
+            self.limits;
+        5 * tokens + seqs * (2 + blocks_per_seq) + 1 + logits_rows + 2 * block_copies
+    }
+
+    /// Puts the metadata of a step in a packet.
+    pub fn pack(&self, inputs: &StepInputs, packet: &mut Packet) -> Result<()> {
         let StepLimits { tokens, seqs, logits_rows, blocks_per_seq, block_copies, .. } =
             self.limits;
         if inputs.tokens() > tokens
@@ -272,28 +297,16 @@ impl StepBuffers {
                 inputs.seqs()
             );
         }
-        let words = |to: u64, words: &[u32]| match words {
-            [] => Ok(()),
-            words => gpu.upload(to, &words_bytes(words)),
-        };
-        words(self.token_ids, &inputs.token_ids)?;
-        words(self.last_token_slot, &inputs.last_token_slot)?;
-        words(self.positions, &inputs.positions)?;
-        let slots = inputs.slot_mapping.iter().flat_map(|slot| slot.to_ne_bytes());
-        gpu.upload(self.slot_mapping, &slots.collect::<Vec<u8>>())?;
-        words(self.cu_seqlens_q, &inputs.cu_seqlens_q)?;
-        words(self.seq_lens, &inputs.seq_lens)?;
-        words(self.sample_rows, &inputs.sample_rows)?;
-        let copies = inputs.block_copies.iter().flat_map(|(from, to)| [*from, *to]);
-        words(self.block_copies, &copies.collect::<Vec<u32>>())?;
-        let rows = inputs.block_tables.chunks(inputs.block_table_stride.max(1)).enumerate();
-        for (seq, row) in rows {
-            words(self.block_tables + (seq * self.stride * 4) as u64, row)?;
-        }
+        packet.words(self.token_ids, inputs.token_ids.iter().copied());
+        packet.words(self.last_token_slot, inputs.last_token_slot.iter().copied());
+        packet.words(self.positions, inputs.positions.iter().copied());
+        packet.longs(self.slot_mapping, inputs.slot_mapping.iter().copied());
+        packet.words(self.cu_seqlens_q, inputs.cu_seqlens_q.iter().copied());
+        packet.words(self.seq_lens, inputs.seq_lens.iter().copied());
+        packet.words(self.sample_rows, inputs.sample_rows.iter().copied());
+        packet.words(self.block_copies, inputs.block_copies.iter().flat_map(|(a, b)| [*a, *b]));
+        let (tables, row) = (inputs.block_tables.iter().copied(), inputs.block_table_stride);
+        packet.rows(self.block_tables, tables, row.max(1), self.stride);
         Ok(())
     }
-}
-
-fn words_bytes(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }

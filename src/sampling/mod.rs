@@ -1,5 +1,6 @@
 //! Logits to tokens.
 
+pub mod gpu;
 pub mod params;
 pub mod philox;
 pub mod sampler;

@@ -9,8 +9,9 @@ use candela::{
         load::{Part, WeightSource, assemble},
     },
     ops::{
-        CpuPool, GpuPlace, KV_BLOCK_TOKENS, KvDtype, Splits, StepInputs, WeightPlace,
-        gpu::{Gpu, Half, StepBuffers, StepLimits},
+        CpuPool, GpuPlace, Inbox, KV_BLOCK_TOKENS, KvDtype, Packet, Splits, StepInputs,
+        WeightPlace,
+        gpu::{Half, StepBuffers, StepLimits},
         matrix::MatrixBuilder,
         step_inputs::{PAD_SLOT, TOKEN_FROM_DEVICE},
     },
@@ -26,9 +27,9 @@ const SEQ_BLOCKS: usize = 9;
 const SLOTS: usize = 8;
 
 /// Random weights, as bf16 or f16 has them, so that both devices start from the same values.
-struct Random {
-    seed: u64,
-    dtype: Half,
+pub struct Random {
+    pub seed: u64,
+    pub dtype: Half,
 }
 
 impl Random {
@@ -66,7 +67,7 @@ impl WeightSource for Random {
     }
 }
 
-fn config(family: Family) -> ModelConfig {
+pub fn config(family: Family) -> ModelConfig {
     ModelConfig {
         family,
         vocab_size: 211,
@@ -96,6 +97,7 @@ struct Pair {
     gpu: Llama,
     device: Arc<EmulatedGpu>,
     step: StepBuffers,
+    inbox: Inbox,
     /// Physical blocks of each sequence.
     tables: Vec<Vec<u32>>,
     random: StdRng,
@@ -135,7 +137,8 @@ impl Pair {
             blocks.swap(at, random.random_range(0..=at));
         }
         let tables = blocks.chunks_exact(SEQ_BLOCKS).map(<[u32]>::to_vec).collect();
-        Self { config, cpu, gpu, device, step, tables, random }
+        let inbox = Inbox::new(&*device, step.packet_words_max() + SLOTS).expect("fits");
+        Self { config, cpu, gpu, device, step, inbox, tables, random }
     }
 
     /// `(sequence, first position, tokens)` of each, and rows of padding after them.
@@ -177,9 +180,10 @@ impl Pair {
 
     fn on_gpu(&self, inputs: &StepInputs, sampled: &[u32; SLOTS]) -> Vec<f32> {
         let device = &*self.device;
-        let tokens: Vec<u8> = sampled.iter().flat_map(|token| token.to_ne_bytes()).collect();
-        device.upload(self.step.sampled, &tokens).expect("uploads");
-        self.step.upload(device, inputs).expect("uploads");
+        let mut packet = Packet::default();
+        packet.words(self.step.sampled, *sampled);
+        self.step.pack(inputs, &mut packet).expect("fits");
+        packet.send(device, &self.inbox).expect("fits");
         self.gpu.forward(inputs, &[]).expect("runs");
         let (at, stride) = self.gpu.gpu_logits().expect("on a GPU");
         let row = |row: usize| {

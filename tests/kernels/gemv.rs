@@ -50,7 +50,7 @@ impl Case {
         args.extend([self.n, self.k, stride].map(|size| Arg::U32(size as u32)));
         let kernel = format!("gemv_{}_{}", self.m, self.of.name());
         let grid = [self.n.div_ceil(4) as u32, 1, 1];
-        let launch = Launch { kernel, grid, threads: self.threads, args };
+        let launch = Launch { kernel, grid, threads: self.threads, shared_bytes: 0, args };
         let after = emulator.run(&buffers, &[launch]).expect("it runs");
         let all = match wide {
             true => read_words(&after[3]),

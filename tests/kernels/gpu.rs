@@ -4,12 +4,12 @@
 use std::{
     collections::HashMap,
     ffi::{CString, c_char, c_void},
-    sync::{Arc, LazyLock, Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
 };
 
 use candela::ops::{
     Region,
-    gpu::{Buffer, Gpu, Half, Launch, Matmul},
+    gpu::{Buffer, Gpu, Graph, Half, Launch, Matmul, Pending},
 };
 use candle_core::{Result, bail};
 
@@ -18,17 +18,22 @@ use crate::emulator::Emulator;
 type EmulatedLaunch = unsafe extern "C" fn(*const c_char, *const u32, *const c_char, u64);
 
 /// Files of `kernels/`, by the kernels in them: their names begin so.
-const FILES: [&str; 10] = [
+const FILES: [&str; 15] = [
     "attention_combine",
     "attention_decode",
     "attention_prefill",
-    "advance",
     "block_copy",
     "embed",
     "fill",
     "gather_rows",
+    "logprobs",
     "rms_norm",
     "rope",
+    "sample_begin",
+    "sample_scan",
+    "sample",
+    "silu_mul",
+    "unpack",
 ];
 
 /// Memory of a GPU holds NaN until it is written.
@@ -39,13 +44,42 @@ static KERNELS: LazyLock<Mutex<HashMap<&'static str, EmulatedLaunch>>> =
     LazyLock::new(Mutex::default);
 
 pub struct EmulatedGpu {
+    /// What a capture has kept so far.
+    captured: Mutex<Option<Vec<Asked>>>,
     /// Few, so that small models have several splits in decode attention, and some with many rows none.
     pub multiprocessors: usize,
 }
 
 impl EmulatedGpu {
     pub fn new(multiprocessors: usize) -> Self {
-        Self { multiprocessors }
+        Self { captured: Mutex::default(), multiprocessors }
+    }
+}
+
+/// A step that ended at once.
+struct Ended(Vec<u8>);
+
+impl Pending for Ended {
+    fn wait(self: Box<Self>) -> Result<(Vec<u8>, u64)> {
+        Ok((self.0, 1_000))
+    }
+}
+
+/// What was captured, with the arguments it had then.
+struct Replayed {
+    gpu: EmulatedGpu,
+    asked: Vec<Asked>,
+}
+
+impl Graph for Replayed {
+    fn replay(&self) -> Result<()> {
+        for asked in &self.asked {
+            match asked {
+                Asked::Kernel(launch) => self.gpu.launch(launch)?,
+                Asked::Matmul(matmul) => self.gpu.matmul(matmul)?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -58,8 +92,15 @@ fn memory(bytes: usize, value: u8) -> Buffer {
     Buffer::new(address, bytes, Arc::new(memory))
 }
 
+impl EmulatedGpu {
+    fn captured(&self) -> MutexGuard<'_, Option<Vec<Asked>>> {
+        self.captured.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Gpu for EmulatedGpu {
     fn allocate(&self, bytes: usize) -> Result<Buffer> {
+        assert!(self.captured().is_none(), "memory is asked for while capturing");
         Ok(memory(bytes, POISON))
     }
 
@@ -68,6 +109,7 @@ impl Gpu for EmulatedGpu {
     }
 
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        assert!(self.captured().is_none(), "something is sent while capturing");
         write(to, bytes);
         Ok(())
     }
@@ -77,8 +119,11 @@ impl Gpu for EmulatedGpu {
     }
 
     fn launch(&self, launch: &Launch) -> Result<()> {
-        let file =
-            FILES.into_iter().chain(["silu_mul"]).find(|file| launch.kernel.starts_with(file));
+        if let Some(captured) = &mut *self.captured() {
+            captured.push(Asked::Kernel(launch.clone()));
+            return Ok(());
+        }
+        let file = FILES.into_iter().find(|file| launch.kernel.starts_with(file));
         let Some(file) = file else { bail!("no file has the kernel {}", launch.kernel) };
         let mut kernels = KERNELS.lock().unwrap_or_else(PoisonError::into_inner);
         let run = *kernels.entry(file).or_insert_with(|| open(file));
@@ -91,7 +136,28 @@ impl Gpu for EmulatedGpu {
         Ok(())
     }
 
+    fn begin(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn end(&self, from: u64, bytes: usize) -> Result<Box<dyn Pending>> {
+        Ok(Box::new(Ended(read(from, bytes))))
+    }
+
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Graph>> {
+        *self.captured() = Some(Vec::new());
+        let done = work();
+        let asked = self.captured().take().unwrap_or_default();
+        done?;
+        // It launches on the same memory; the tests hold the GPU for as long as the graph.
+        Ok(Box::new(Replayed { gpu: Self::new(self.multiprocessors), asked }))
+    }
+
     fn matmul(&self, op: &Matmul) -> Result<()> {
+        if let Some(captured) = &mut *self.captured() {
+            captured.push(Asked::Matmul(*op));
+            return Ok(());
+        }
         let halves = |at: u64, count: usize| -> Vec<f32> {
             let words = read(at, count * Half::BYTES);
             let (words, _) = words.as_chunks::<2>();
@@ -187,6 +253,18 @@ impl Gpu for NotedGpu {
     fn launch(&self, launch: &Launch) -> Result<()> {
         self.note(Asked::Kernel(launch.clone()));
         Ok(())
+    }
+
+    fn begin(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn end(&self, _: u64, _: usize) -> Result<Box<dyn Pending>> {
+        bail!("a GPU that only notes has no results")
+    }
+
+    fn capture(&self, _: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Graph>> {
+        bail!("a GPU that only notes has no graphs")
     }
 
     fn matmul(&self, matmul: &Matmul) -> Result<()> {

@@ -61,7 +61,7 @@ fn check(emulator: &Emulator, logits: &[Vec<f32>], wanted: &[Wanted], threads: [
     let sizes = [vocab, stride, parts].map(|size| Arg::U32(size as u32));
     let launch = |kernel: &str, grid, threads, buffers, sizes: &[Arg]| {
         let args = (0..buffers).map(Arg::Buffer).chain(sizes.iter().copied()).collect();
-        Launch { kernel: kernel.into(), grid, threads, args }
+        Launch { kernel: kernel.into(), grid, threads, shared_bytes: 0, args }
     };
     let count = wanted.len() as u32;
     let scan = launch("logprobs_scan", [parts as u32, count, 1], threads[0], 6, &sizes[..2]);

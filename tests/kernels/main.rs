@@ -5,6 +5,9 @@ mod attention;
 mod attention_decode;
 mod attention_prefill;
 mod cache;
+#[path = "../common/mod.rs"]
+mod common;
+mod device;
 mod emulator;
 mod forward;
 mod gemv;

@@ -260,7 +260,13 @@ impl Made {
     fn launch(&mut self, kernel: &str, grid: [usize; 2], threads: u32, args: Vec<Arg>) {
         if grid[0] > 0 && grid[1] > 0 {
             let grid = [grid[0] as u32, grid[1] as u32, 1];
-            self.launches.push(Launch { kernel: kernel.into(), grid, threads, args });
+            self.launches.push(Launch {
+                kernel: kernel.into(),
+                grid,
+                threads,
+                shared_bytes: 0,
+                args,
+            });
         }
     }
 }

@@ -7,8 +7,10 @@ use crate::{
 };
 
 pub mod cpu;
+pub mod gpu;
 
 pub use cpu::CpuDevice;
+pub use gpu::{GpuDevice, GpuSpec};
 
 /// Everything a device needs for one step, in the order it happens.
 #[derive(Clone, Debug, Default)]
