@@ -178,6 +178,8 @@ pub trait Gpu: Send + Sync {
     /// Copies to `to`, which lies within one allocation.
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<()>;
     fn multiprocessors(&self) -> usize;
+    /// Rows up to which a product is read through by our own kernel, not by the vendor's library.
+    fn gemv_rows_max(&self) -> usize;
     fn launch(&self, launch: &Launch) -> Result<()>;
     fn matmul(&self, matmul: &Matmul) -> Result<()>;
     /// A step begins: its time counts from here.

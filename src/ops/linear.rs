@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result, bail};
 use super::{
     CpuPlace, Matrix, PackedWeight, Place, Vector, View,
     arena::Shared,
-    gpu::Matmul,
+    gpu::{Args, Half, Launch, Matmul, PACK, THREADS},
     region::{self, GpuOp1},
     simd::{self, Isa},
     tile::{self, GroupX, QuantX},
@@ -22,6 +22,29 @@ use super::{
 const PARALLEL_ROWS_MIN: usize = 4;
 /// Tiles that a thread takes at once for one row; with more rows it takes fewer.
 const GRAIN_TILES: usize = 8;
+
+/// Rows of weights that a block of the GPU's kernel takes, and the kernels by rows of x.
+const GEMV_ROWS: usize = 4;
+const GEMV_BF16: [&str; 8] = [
+    "gemv_1_bf16",
+    "gemv_2_bf16",
+    "gemv_3_bf16",
+    "gemv_4_bf16",
+    "gemv_5_bf16",
+    "gemv_6_bf16",
+    "gemv_7_bf16",
+    "gemv_8_bf16",
+];
+const GEMV_F16: [&str; 8] = [
+    "gemv_1_f16",
+    "gemv_2_f16",
+    "gemv_3_f16",
+    "gemv_4_f16",
+    "gemv_5_f16",
+    "gemv_6_f16",
+    "gemv_7_f16",
+    "gemv_8_f16",
+];
 
 /// Quantised activations, allocated once.
 pub struct LinearScratch(Mutex<Quantised>);
@@ -95,7 +118,7 @@ impl GpuOp1 for Linear<'_> {
         if self.rows == 0 {
             return Ok(());
         }
-        place.gpu.matmul(&Matmul {
+        let matmul = Matmul {
             x: self.x.address(arena),
             w: weight.memory.address,
             bias: self.bias.map(Vector::gpu).transpose()?,
@@ -106,8 +129,38 @@ impl GpuOp1 for Linear<'_> {
             dtype: place.dtype,
             wide: self.wide,
             y_stride: self.y.cols,
-        })
+        };
+        match gemv(&matmul).filter(|_| self.rows <= place.gpu.gemv_rows_max()) {
+            Some(launch) => place.gpu.launch(&launch),
+            None => place.gpu.matmul(&matmul),
+        }
     }
+}
+
+/// A product of few rows by our own kernel, at the speed of reading the weights.
+fn gemv(op: &Matmul) -> Option<Launch> {
+    let kernels = match op.dtype {
+        Half::Bf16 => GEMV_BF16,
+        Half::F16 => GEMV_F16,
+    };
+    let kernel = kernels.get(op.m.checked_sub(1)?)?;
+    let (narrow, wide) = if op.wide { (0, op.y) } else { (op.y, 0) };
+    Some(Launch {
+        kernel,
+        grid: [op.n.div_ceil(GEMV_ROWS) as u32, 1, 1],
+        threads: ((op.k / PACK).next_multiple_of(32) as u32).clamp(32, THREADS),
+        shared_bytes: 0,
+        args: Args::default()
+            .address(op.x)
+            .address(op.w)
+            .address(op.bias.unwrap_or(0))
+            .address(narrow)
+            .address(wide)
+            .u32(op.n)
+            .u32(op.k)
+            .u32(op.y_stride),
+        work: op.work(),
+    })
 }
 
 impl OnCpu<'_> {

@@ -159,7 +159,7 @@ fn real_weights_answer_as_on_the_cpu() {
     let asked = [request(prompt, 5, greedy)];
     let files = WeightFiles::Gguf(path);
     let on_gpu = || {
-        let gpu = Arc::new(EmulatedGpu::new(2));
+        let gpu = Arc::new(EmulatedGpu::new(2, 0));
         let place = WeightPlace::Gpu(&*gpu, Half::F16);
         let (config, weights) = load_to(&files, place).map_err(refused)?;
         let spec = GpuSpec { limits: runtime_limits(), dtype: Half::F16, seats: 1, graphs: true };
@@ -219,7 +219,7 @@ fn graphs_and_depth_change_no_token() {
     let mut seen: Vec<Vec<Vec<Told>>> = Vec::new();
     for (graphs, depth) in [(false, 1), (true, 1), (true, 2)] {
         let on_gpu = || {
-            let gpu = Arc::new(EmulatedGpu::new(0));
+            let gpu = Arc::new(EmulatedGpu::new(0, 2));
             let source = forward::Random { seed: 8, dtype: Half::F16 };
             let weights = assemble(&tiny(), &source, WeightPlace::Gpu(&*gpu, Half::F16));
             let spec = GpuSpec { limits: runtime_limits(), dtype: Half::F16, seats: SEATS, graphs };

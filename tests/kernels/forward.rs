@@ -25,6 +25,8 @@ const SEQS: usize = 8;
 const BLOCKS: usize = 40;
 const SEQ_BLOCKS: usize = 9;
 const SLOTS: usize = 8;
+/// Products of more rows run as the library's.
+const GEMV_ROWS: usize = 2;
 
 /// Random weights, as bf16 or f16 has them, so that both devices start from the same values.
 pub struct Random {
@@ -105,7 +107,7 @@ struct Pair {
 
 impl Pair {
     fn new(config: ModelConfig, dtype: Half, multiprocessors: usize) -> Self {
-        let device = Arc::new(EmulatedGpu::new(multiprocessors));
+        let device = Arc::new(EmulatedGpu::new(multiprocessors, GEMV_ROWS));
         let weights = Random { seed: 5, dtype };
         let limits = RuntimeLimits {
             step_tokens_max: STEP_TOKENS,
@@ -312,7 +314,7 @@ fn a_copied_block_is_what_it_was() {
 #[test]
 fn what_a_gpu_does_not_take_is_said() {
     let refused = |config: ModelConfig| {
-        let device = Arc::new(EmulatedGpu::new(1));
+        let device = Arc::new(EmulatedGpu::new(1, 0));
         let weights = Random { seed: 1, dtype: Half::Bf16 };
         let weights = assemble(&config, &weights, WeightPlace::Gpu(&*device, Half::Bf16));
         let weights = match weights {

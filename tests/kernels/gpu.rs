@@ -18,7 +18,7 @@ use crate::emulator::Emulator;
 type EmulatedLaunch = unsafe extern "C" fn(*const c_char, *const u32, *const c_char, u64);
 
 /// Files of `kernels/`, by the kernels in them: their names begin so.
-const FILES: [&str; 15] = [
+const FILES: [&str; 16] = [
     "attention_combine",
     "attention_decode",
     "attention_prefill",
@@ -26,6 +26,7 @@ const FILES: [&str; 15] = [
     "embed",
     "fill",
     "gather_rows",
+    "gemv",
     "logprobs",
     "rms_norm",
     "rope",
@@ -48,11 +49,13 @@ pub struct EmulatedGpu {
     captured: Mutex<Option<Vec<Asked>>>,
     /// Few, so that small models have several splits in decode attention, and some with many rows none.
     pub multiprocessors: usize,
+    /// Products of so few rows run our own kernel, which takes long here.
+    pub gemv_rows_max: usize,
 }
 
 impl EmulatedGpu {
-    pub fn new(multiprocessors: usize) -> Self {
-        Self { captured: Mutex::default(), multiprocessors }
+    pub fn new(multiprocessors: usize, gemv_rows_max: usize) -> Self {
+        Self { captured: Mutex::default(), multiprocessors, gemv_rows_max }
     }
 }
 
@@ -118,6 +121,10 @@ impl Gpu for EmulatedGpu {
         self.multiprocessors
     }
 
+    fn gemv_rows_max(&self) -> usize {
+        self.gemv_rows_max
+    }
+
     fn launch(&self, launch: &Launch) -> Result<()> {
         if let Some(captured) = &mut *self.captured() {
             captured.push(Asked::Kernel(launch.clone()));
@@ -150,7 +157,7 @@ impl Gpu for EmulatedGpu {
         let asked = self.captured().take().unwrap_or_default();
         done?;
         // It launches on the same memory; the tests hold the GPU for as long as the graph.
-        Ok(Box::new(Replayed { gpu: Self::new(self.multiprocessors), asked }))
+        Ok(Box::new(Replayed { gpu: Self::new(self.multiprocessors, self.gemv_rows_max), asked }))
     }
 
     fn matmul(&self, op: &Matmul) -> Result<()> {
@@ -248,6 +255,10 @@ impl Gpu for NotedGpu {
 
     fn multiprocessors(&self) -> usize {
         132
+    }
+
+    fn gemv_rows_max(&self) -> usize {
+        4
     }
 
     fn launch(&self, launch: &Launch) -> Result<()> {

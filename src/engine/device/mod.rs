@@ -7,6 +7,8 @@ use crate::{
 };
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod gpu;
 
 pub use cpu::CpuDevice;
