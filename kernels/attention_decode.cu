@@ -101,7 +101,8 @@ struct Stream {
         uint32_t at = i * WARP + lane(), token = at / (DIM / PACK);
         uint32_t position = walk.block * BLOCK_TOKENS + token;
         bool seen = position >= splits.first_token && position < splits.len;
-        cp_async_16(ring + slot * TILE<DIM> + swizzled<DIM>(token, at % (DIM / PACK)), from + at * PACK, seen);
+        Pack<T>* to = ring + slot * TILE<DIM> + swizzled<DIM>(token, at % (DIM / PACK));
+        cp_async_16(to, from + at * PACK, seen);
       }
     }
     cp_async_commit();
