@@ -55,9 +55,8 @@ struct Walk {
   uint32_t block, chunk_end;
 
   __device__ Walk(const Splits& splits, uint32_t split) {
-    uint32_t chunk = splits.first_chunk(split);
-    block = chunk * splits.chunk + warp();
-    chunk_end = (chunk + 1) * splits.chunk;
+    block = splits.first_block(split) + warp();
+    chunk_end = splits.first_block(split) + splits.chunk;
     while (block < splits.begin) next(splits);
   }
   __device__ void next(const Splits& splits) {
@@ -263,7 +262,7 @@ __device__ void run(const AttentionDecode<T, DIM>& op) {
       store_pack(op.y + row * op.group * DIM + at, zeros);
     }
   }
-  if (!splits.has(blockIdx.z)) return;
+  if (blockIdx.z >= splits.busy()) return;
   float scale_log2 = op.scale * LOG2_E;
   Pack<T>* ring = rings + warp() * SLOTS<DIM> * TILE<DIM>;
   Walk walk(splits, blockIdx.z);
