@@ -28,28 +28,26 @@ __device__ void run(const AttentionCombine<T, DIM>& op) {
   constexpr uint32_t TEAM = DIM / PACK, TEAMS = THREADS / TEAM;
   SHARED(float, sums, TEAMS * DIM);
   Splits splits(op.seq_lens[blockIdx.y], op.window, op.chunk_blocks, op.splits);
-  if (splits.busy() <= 1) return;
+  uint32_t busy = splits.busy();
+  if (busy <= 1) return;
   float scale_log2 = op.scale * LOG2_E;
   uint64_t head = uint64_t(blockIdx.y) * gridDim.x + blockIdx.x;
   const float* partial = op.partial + head * op.splits * DIM;
   const float* stats = op.stats + head * op.splits * 2;
   float largest = NOTHING_SEEN, sum = 0.0f;
-  for (uint32_t split = lane(); split < op.splits; split += WARP) {
-    if (splits.has(split)) largest = fmaxf(largest, stats[split * 2]);
-  }
+  for (uint32_t split = lane(); split < busy; split += WARP) largest = fmaxf(largest, stats[split * 2]);
 #pragma unroll
   for (uint32_t step = WARP / 2; step > 0; step /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, step));
   }
-  for (uint32_t split = lane(); split < op.splits; split += WARP) {
-    if (splits.has(split)) sum += shrink(stats[split * 2], largest, scale_log2) * stats[split * 2 + 1];
+  for (uint32_t split = lane(); split < busy; split += WARP) {
+    sum += shrink(stats[split * 2], largest, scale_log2) * stats[split * 2 + 1];
   }
   sum = warp_sum(sum);
   uint32_t team = threadIdx.x / TEAM, at = threadIdx.x % TEAM * PACK;
   float o[PACK] = {};
 #pragma unroll 4
-  for (uint32_t split = team; split < op.splits; split += TEAMS) {
-    if (!splits.has(split)) continue;
+  for (uint32_t split = team; split < busy; split += TEAMS) {
     float by = shrink(stats[split * 2], largest, scale_log2);
     Pack<float> part = load_pack(partial + uint64_t(split) * DIM + at);
 #pragma unroll

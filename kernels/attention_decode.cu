@@ -55,9 +55,8 @@ struct Walk {
   uint32_t block, chunk_end;
 
   __device__ Walk(const Splits& splits, uint32_t split) {
-    uint32_t chunk = splits.first_chunk(split);
-    block = chunk * splits.chunk + warp();
-    chunk_end = (chunk + 1) * splits.chunk;
+    block = splits.first_block(split) + warp();
+    chunk_end = splits.first_block(split) + splits.chunk;
     while (block < splits.begin) next(splits);
   }
   __device__ void next(const Splits& splits) {
@@ -101,7 +100,8 @@ struct Stream {
         uint32_t at = i * WARP + lane(), token = at / (DIM / PACK);
         uint32_t position = walk.block * BLOCK_TOKENS + token;
         bool seen = position >= splits.first_token && position < splits.len;
-        cp_async_16(ring + slot * TILE<DIM> + swizzled<DIM>(token, at % (DIM / PACK)), from + at * PACK, seen);
+        Pack<T>* to = ring + slot * TILE<DIM> + swizzled<DIM>(token, at % (DIM / PACK));
+        cp_async_16(to, from + at * PACK, seen);
       }
     }
     cp_async_commit();
@@ -262,7 +262,7 @@ __device__ void run(const AttentionDecode<T, DIM>& op) {
       store_pack(op.y + row * op.group * DIM + at, zeros);
     }
   }
-  if (!splits.has(blockIdx.z)) return;
+  if (blockIdx.z >= splits.busy()) return;
   float scale_log2 = op.scale * LOG2_E;
   Pack<T>* ring = rings + warp() * SLOTS<DIM> * TILE<DIM>;
   Walk walk(splits, blockIdx.z);

@@ -1,21 +1,16 @@
 // Causal attention of prefill chunks over the paged KV: a ragged batch, on tensor cores.
 //
-// Grid: (kv_heads, tiles), tiles at least `rows * group / 128 + seqs` rounded down; what it has too many
-// ends at once. Block: 128 threads, with `shared_bytes` of dynamic shared memory. A tile is 128 queries
-// of a sequence, all heads of the group of a row, then those of the next row; a warp has 32 of them.
-// KV goes by in tiles of 64 tokens at absolute positions, so a row's result does not depend on where
-// chunks begin. Later tiles, which see more, are started first.
+// Grid: (kv_heads, tiles), those of `query_tile.cuh`, of which a warp has 32 queries. Block: 128 threads.
+// Dynamic shared memory: `(ROWS + SLOTS * KEYS) * DIM` elements, 80 KiB or 40.
 //
-// Reads the KV that its rows see once for each tile; with it two products of 128 queries each.
-#include "attention.cuh"
+// KV goes by in tiles of 64 tokens at absolute positions, so a row's result does not depend on where
+// chunks begin or on what is beside it, bit for bit. Later tiles, which see more, are started first.
+// Reads the KV that its rows see once for each tile, from the second-level cache if there are several.
+#include "query_tile.cuh"
 
 constexpr uint32_t WARPS = 4;
 constexpr uint32_t THREADS = WARPS * WARP;
-constexpr uint32_t WARP_ROWS = 32;
-// Queries of a tile.
-constexpr uint32_t ROWS = WARPS * WARP_ROWS;
-// Tokens of a tile of KV.
-constexpr uint32_t KEYS = 64;
+constexpr uint32_t WARP_ROWS = ROWS / WARPS;
 // Tiles of K or V in shared memory: one in use, two under way.
 constexpr uint32_t SLOTS = 3;
 // Products of 16 rows that a warp has.
@@ -27,7 +22,8 @@ struct AttentionPrefill {
   const T* q;
   // One layer of the cache, which has K and V of these rows.
   const T* cache;
-  // [seqs + 1]: first row of each sequence; a sequence may have none.
+  // [seqs + 1]: first row of each sequence; a sequence may have none. Rows in front of the first are
+  // another launch's.
   const uint32_t* cu_seqlens_q;
   // [seqs]: tokens in the cache; the rows of a sequence are the last of them.
   const uint32_t* seq_lens;
@@ -35,6 +31,7 @@ struct AttentionPrefill {
   const uint32_t* block_tables;
   // [rows, heads * DIM]
   T* y;
+  // At least 1.
   uint32_t seqs;
   uint32_t q_stride;
   uint32_t table_stride;
@@ -46,57 +43,6 @@ struct AttentionPrefill {
   // Of scores, above 0.
   float scale;
 };
-
-// A tile of the grid: queries of one sequence, from `first` of `queries` on. It lies in shared memory, as
-// registers are what this kernel has least of.
-struct Tile {
-  uint32_t seq, first_row, first, queries;
-  // Positions of the sequence's first row, and of the first and the last query of the tile.
-  uint32_t start, from, to;
-
-  __device__ bool is_empty() const { return first >= queries; }
-  // Whether all of its queries see all of KEYS tokens from `key` on.
-  __device__ bool sees_all(uint32_t key, uint32_t window) const {
-    return key + KEYS <= from + 1 && key >= window_start(to + 1, window);
-  }
-};
-
-// Tiles of a sequence have places from this on, which is room enough for each of them: the place says
-// the sequence, without a list from the host.
-template <typename Op>
-__device__ uint32_t place_of(const Op& op, uint32_t seq) {
-  return op.cu_seqlens_q[seq] * op.group / ROWS + seq;
-}
-
-template <typename Op>
-__device__ Tile find_tile(const Op& op, uint32_t place) {
-  uint32_t seq = 0;
-  for (uint32_t end = op.seqs; end - seq > 1;) {
-    uint32_t middle = (seq + end) / 2;
-    if (place_of(op, middle) <= place) {
-      seq = middle;
-    } else {
-      end = middle;
-    }
-  }
-  Tile tile;
-  tile.seq = seq;
-  tile.first_row = op.cu_seqlens_q[seq];
-  uint32_t rows = op.cu_seqlens_q[seq + 1] - tile.first_row;
-  tile.queries = rows * op.group;
-  tile.first = (place - place_of(op, seq)) * ROWS;
-  tile.start = op.seq_lens[seq] - rows;
-  tile.from = tile.start + tile.first / op.group;
-  tile.to = tile.start + (min_of(tile.first + ROWS, tile.queries) - 1) / op.group;
-  return tile;
-}
-
-// Where a query's elements are in a tensor whose rows have `stride` elements.
-template <uint32_t DIM, typename Op>
-__device__ uint64_t query_at(const Op& op, const Tile& tile, uint32_t query, uint32_t stride) {
-  uint64_t row = tile.first_row + query / op.group;
-  return row * stride + (blockIdx.x * op.group + query % op.group) * DIM;
-}
 
 template <typename T, uint32_t DIM>
 __device__ void fetch_q(const AttentionPrefill<T, DIM>& op, const Tile& tile, Pack<T>* to) {
@@ -202,7 +148,6 @@ struct Attention {
   __device__ uint32_t position(uint32_t row) const {
     return tile.start + min_of(tile.first + warp() * WARP_ROWS + row, tile.queries - 1) / op.group;
   }
-
 
   __device__ void score(const Pack<T>* q, const Pack<T>* k, float (&s)[PARTS][KEYS / 8][4]) const {
 #pragma unroll

@@ -1,7 +1,8 @@
 // How a sequence's KV blocks are dealt out to the splits of decode attention.
 //
-// Chunks of blocks, at fixed positions, go to the splits in turn. So the grid is that of a batch
-// bucket, whatever the lengths, and what a row sums in which order depends on nothing beside it.
+// Chunks of blocks, at fixed positions, go to the splits in turn, the first one that the row sees to
+// split 0. So the grid is that of a batch bucket, whatever the lengths, and what a row sums in which
+// order depends on nothing beside it.
 #pragma once
 
 #include "attention.cuh"
@@ -23,15 +24,11 @@ struct Splits {
         chunk(chunk),
         count(count) {}
 
-  // Splits that have a chunk.
+  // Splits that have a chunk: those below this.
   __device__ uint32_t busy() const {
     return begin == end ? 0 : min_of(div_up(end, chunk) - begin / chunk, count);
   }
 
-  // The first chunk of a split; at or past `end` if it has none.
-  __device__ uint32_t first_chunk(uint32_t split) const {
-    uint32_t first = begin / chunk, turn = first % count;
-    return first + (split >= turn ? split - turn : split + count - turn);
-  }
-  __device__ bool has(uint32_t split) const { return first_chunk(split) * chunk < end; }
+  // The block that a split's first chunk begins with; it may lie before `begin`.
+  __device__ uint32_t first_block(uint32_t split) const { return (begin / chunk + split) * chunk; }
 };

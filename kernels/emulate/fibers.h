@@ -107,7 +107,8 @@ Out collect(const char* name, uint32_t mask, const In& in,
         hand_over();
         return result;
       }
-      if (strcmp(other.collective, name) != 0 || other.mask != mask) {
+      bool same = other.collective == name || strcmp(other.collective, name) == 0;
+      if (!same || other.mask != mask) {
         fail("%s with mask %08x meets %s with mask %08x of lane %u", name, mask, other.collective,
              other.mask, lane);
       }

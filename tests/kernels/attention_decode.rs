@@ -174,5 +174,5 @@ fn what_is_broken_is_noticed() {
     check(decode, "|| at >= seen.len)", "|| at > seen.len)");
     check(decode, "o[i][j] *= by[j % 2]", "o[i][j] *= by[0]");
     check(decode, "found.put(attention);\n  __syncthreads();", "found.put(attention);");
-    check("attention_combine", "if (!splits.has(split)) continue;", "");
+    check("attention_combine", "split = team; split < busy;", "split = team; split < op.splits;");
 }

@@ -7,7 +7,8 @@ use crate::{
 
 const OK: &str = "";
 
-/// Runs `body`, with `in[64]` and `out[64]` of u32 and a block of 64 threads, and looks for `complaint`.
+/// Runs `body`, with `in[64]` and `out[64]` of u32, a block of 64 threads and 64 bytes of dynamic shared
+/// memory, and looks for `complaint`.
 fn check(name: &str, body: &str, complaint: &str) -> Vec<u32> {
     let source = format!(
         "#include \"common.cuh\"\nstruct Args {{ const uint32_t* in; uint32_t* out; }};\n\
@@ -19,7 +20,7 @@ fn check(name: &str, body: &str, complaint: &str) -> Vec<u32> {
         kernel: "test".into(),
         grid: [1, 1, 1],
         threads: 64,
-        shared_bytes: 0,
+        shared_bytes: 64,
         args: vec![Arg::Buffer(0), Arg::Buffer(1)],
     };
     let buffers = [words(&numbers), words(&[77; 64])];
@@ -111,6 +112,11 @@ fn what_is_broken_is_noticed() {
         ("read_past_the_end", "op.out[i] = op.in[i + 1];", "heap-buffer-overflow"),
         ("write_before_the_start", "op.out[i - 1] = i;", "AddressSanitizer"),
         ("shared_past_the_end", "SHARED(uint32_t, all, 60); all[i] = i;", "out of bounds"),
+        (
+            "dynamic_shared_past_the_end",
+            "DYNAMIC_SHARED(all); all[i + 1] = 0;",
+            "heap-buffer-overflow",
+        ),
         (
             "two_barriers",
             "if (i < 32)\n __syncthreads();\n else\n __syncthreads();",
