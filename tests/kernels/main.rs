@@ -2,6 +2,7 @@
 //! slow references in f64.
 
 mod cache;
+mod draws;
 mod emulator;
 mod gemv;
 mod harness;
