@@ -109,9 +109,7 @@ struct Logprobs {
 __device__ inline double log_norm(const Logprobs& op, uint64_t first, float most) {
   double sum = 0.0;
   for (uint32_t part = lane(); part < op.parts; part += WARP) {
-    if (op.sums[first + part] > 0.0f) {
-      sum += double(op.sums[first + part]) * exp(double(op.largest[first + part]) - double(most));
-    }
+    sum += double(op.sums[first + part]) * exp(double(op.largest[first + part]) - double(most));
   }
 #pragma unroll
   for (uint32_t step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);

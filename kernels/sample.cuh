@@ -3,6 +3,11 @@
 // Logits are f32, which the product with the LM head gives at no cost: bf16's 8 bits would tie where the
 // f32 logits of the CPU do not, and leave two digits of a logprob. Their rows are `stride` apart, a
 // multiple of 4, so that every row starts at 16 bytes; what lies from `vocab` on is never looked at.
+//
+// Tokens are those of `sampling/sampler.rs` for the same seeds but for where a device's arithmetic cannot
+// agree: the sum of top-p differs by about 1e-6 of it, so that a share that close to `top_p` may fall on
+// either side; and noisy f32 scores may differ in their last bit where the f64 logarithms of two
+// libraries do. All else rounds alike, which asks for no -use_fast_math.
 #pragma once
 
 // Elements of one load, and the words that Philox gives for one counter.

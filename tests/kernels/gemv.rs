@@ -138,10 +138,12 @@ fn a_row_does_not_depend_on_the_others() {
 
 #[test]
 fn what_is_broken_is_noticed() {
-    let whole = source(&["gemv"]);
+    let lines = source(&["gemv"]);
+    // The one kernel that the case runs.
+    let other = |line: &&str| line.starts_with("CANDELA_GEMV(") && *line != "CANDELA_GEMV(2)";
+    let whole = lines.lines().filter(|line| !other(line)).collect::<Vec<_>>().join("\n");
     for (name, right, wrong) in [
         ("gemv_a_load_less", "pack >= packs", "pack + 1 >= packs"),
-        ("gemv_rows_swapped", "odd ? b : a;", "odd ? a : b;"),
         ("gemv_a_warp_less", "w < blockDim.x / WARP", "w + 1 < blockDim.x / WARP"),
     ] {
         assert!(whole.contains(right), "{name}: the kernel has no `{right}`");

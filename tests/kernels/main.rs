@@ -8,6 +8,7 @@ mod cache;
 #[path = "../common/mod.rs"]
 mod common;
 mod device;
+mod draws;
 mod emulator;
 mod forward;
 mod gemv;

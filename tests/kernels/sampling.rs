@@ -1,295 +1,15 @@
 //! sample_begin, sample_scan and sample draw what the CPU's sampler draws.
 
 use candela::{
-    ops::CpuPool,
-    sampling::{SampleRow, Sampler, SamplingParams, key_of, philox::philox4x32},
-    types::{SlotId, TokenId},
+    sampling::{SamplingParams, key_of, philox::philox4x32},
+    types::TokenId,
 };
 
 use crate::{
+    draws::{After, Begin, Case, FILES, PAD, Row},
     emulator::{Arg, Emulator, Launch, source},
-    values::{Random, bytes_of, read_words, words},
+    values::{Random, read_words, words},
 };
-
-const FILES: [&str; 3] = ["sample_begin", "sample_scan", "sample"];
-const PAD: u32 = u32::MAX;
-const IN_PROMPT: u32 = 1 << 31;
-/// Tokens of a thread of `sample_scan`.
-const SCAN_TOKENS: u32 = 16;
-const POISON: u32 = 0x7fee_7fee;
-/// Lies after a row's end, and would win.
-const BEYOND: f32 = 3e38;
-
-#[derive(Clone, Default)]
-struct Begin {
-    slot: u32,
-    params: SamplingParams,
-    choice: u32,
-    prompt: Vec<TokenId>,
-    output: Vec<TokenId>,
-}
-
-#[derive(Clone, Default)]
-struct Row {
-    logits_row: u32,
-    /// PAD is a padding row.
-    slot: u32,
-    position: u32,
-    banned: Vec<TokenId>,
-}
-
-/// Rounds, each of which seats sequences and then draws one step.
-struct Case {
-    name: String,
-    vocab: usize,
-    /// `[rows, vocab]`
-    logits: Vec<f32>,
-    slots: u32,
-    rounds: Vec<(Vec<Begin>, Vec<Row>)>,
-    /// Of `sample_scan` and of `sample`.
-    threads: [u32; 2],
-}
-
-/// What a run leaves: tokens drawn in each round, the last of each slot, and `seen`.
-#[derive(Debug, PartialEq)]
-struct After {
-    drawn: Vec<Vec<u32>>,
-    sampled: Vec<u32>,
-    seen: Vec<u32>,
-}
-
-fn penalised(params: &SamplingParams) -> bool {
-    params.repetition_penalty != 1.0
-        || params.presence_penalty != 0.0
-        || params.frequency_penalty != 0.0
-}
-
-/// The lists of several owners in one, and where each begins and the last ends.
-fn join<'a>(lists: impl Iterator<Item = &'a Vec<TokenId>>) -> [Vec<u8>; 2] {
-    let (mut offsets, mut all) = (vec![0], Vec::new());
-    for list in lists {
-        all.extend(list);
-        offsets.push(all.len() as u32);
-    }
-    [words(&offsets), words(&all)]
-}
-
-impl Case {
-    fn stride(&self) -> usize {
-        self.vocab.next_multiple_of(4)
-    }
-
-    /// What the CPU's sampler draws, and what the device should keep of it.
-    fn expected(&self) -> After {
-        let (pool, vocab) = (CpuPool::new(1).expect("threads"), self.vocab);
-        let mut sampler = Sampler::new(self.slots as usize, vocab);
-        let mut counts: Vec<Option<Vec<u32>>> = vec![None; self.slots as usize];
-        let mut after = After {
-            drawn: Vec::new(),
-            sampled: vec![POISON; self.slots as usize],
-            seen: vec![POISON; self.slots as usize * vocab],
-        };
-        for (begins, rows) in &self.rounds {
-            for begin in begins.iter().filter(|begin| begin.slot != PAD) {
-                let (slot, params) = (SlotId(begin.slot), &begin.params);
-                sampler.begin(slot, params, begin.choice, &begin.prompt, &begin.output);
-                let mut seen = vec![0; vocab];
-                for token in begin.prompt.iter().filter(|token| (**token as usize) < vocab) {
-                    seen[*token as usize] |= IN_PROMPT;
-                }
-                for token in begin.output.iter().filter(|token| (**token as usize) < vocab) {
-                    seen[*token as usize] += 1;
-                }
-                counts[begin.slot as usize] = penalised(params).then_some(seen);
-            }
-            let real = rows.iter().filter(|row| row.slot != PAD);
-            let asked: Vec<SampleRow<'_>> = real
-                .map(|row| SampleRow {
-                    logits_row: row.logits_row,
-                    slot: SlotId(row.slot),
-                    position: row.position,
-                    banned: &row.banned,
-                })
-                .collect();
-            let mut out = Vec::new();
-            sampler.sample(&pool, &asked, &self.logits, &mut out);
-            for one in &out {
-                after.sampled[one.slot.0 as usize] = one.token;
-                if let Some(seen) = &mut counts[one.slot.0 as usize] {
-                    seen[one.token as usize] += 1;
-                }
-            }
-            let mut out = out.into_iter();
-            let token =
-                |row: &Row| if row.slot == PAD { POISON } else { out.next().expect("one").token };
-            after.drawn.push(rows.iter().map(token).collect());
-            for (slot, seen) in counts.iter().enumerate() {
-                if let Some(seen) = seen {
-                    after.seen[slot * vocab..][..vocab].copy_from_slice(seen);
-                }
-            }
-        }
-        after
-    }
-
-    /// What the kernels draw. Each kind of output is poisoned first.
-    fn run(&self, emulator: &Emulator) -> Result<After, String> {
-        let (vocab, stride, slots) = (self.vocab, self.stride(), self.slots as usize);
-        let parts = vocab.div_ceil((self.threads[0] * SCAN_TOKENS) as usize);
-        let mut logits = vec![BEYOND; self.logits.len() / vocab * stride];
-        for (to, from) in logits.chunks_mut(stride).zip(self.logits.chunks(vocab)) {
-            to[..vocab].copy_from_slice(from);
-        }
-        let mut made = Made::default();
-        let logits = made.buffer(bytes_of(&logits, f32::to_ne_bytes));
-        let seats = made.buffer(words(&vec![POISON; slots * 12]));
-        let seen = made.buffer(words(&vec![POISON; slots * vocab]));
-        let sampled = made.buffer(words(&vec![POISON; slots]));
-        let biases = self.biases();
-        let bias_tokens: Vec<u32> = biases.iter().map(|bias| bias.0).collect();
-        let bias_values: Vec<f32> = biases.iter().map(|bias| bias.1).collect();
-        let bias_tokens = made.buffer(words(&bias_tokens));
-        let bias_values = made.buffer(bytes_of(&bias_values, f32::to_ne_bytes));
-        let [vocab, stride] = [vocab, stride].map(|size| Arg::U32(size as u32));
-        let (mut drawn, mut first) = (Vec::new(), 0);
-        for (begins, rows) in &self.rounds {
-            let slots: Vec<u32> = begins.iter().map(|begin| begin.slot).collect();
-            let params = begins.iter().flat_map(|begin| {
-                let count = begin.params.logit_bias.len() as u32;
-                first += count;
-                seat(begin, first - count)
-            });
-            let mut args =
-                vec![made.buffer(words(&slots)), made.buffer(words(&params.collect::<Vec<_>>()))];
-            args.extend(
-                join(begins.iter().map(|begin| &begin.prompt)).map(|list| made.buffer(list)),
-            );
-            args.extend(
-                join(begins.iter().map(|begin| &begin.output)).map(|list| made.buffer(list)),
-            );
-            args.extend([seats, seen, vocab]);
-            made.launch("sample_begin", [begins.len(), 1], 64, args);
-
-            let column = |of: fn(&Row) -> u32| words(&rows.iter().map(of).collect::<Vec<_>>());
-            let [logits_rows, slots, positions] =
-                [column(|row| row.logits_row), column(|row| row.slot), column(|row| row.position)]
-                    .map(|column| made.buffer(column));
-            let bans = join(rows.iter().map(|row| &row.banned)).map(|list| made.buffer(list));
-            let changed = made.buffer(words(&vec![POISON; rows.len() * self.stride()]));
-            let best = made.buffer(words(&vec![POISON; rows.len() * parts * 2]));
-            let args = vec![
-                logits,
-                logits_rows,
-                slots,
-                positions,
-                bans[0],
-                bans[1],
-                seats,
-                bias_tokens,
-                bias_values,
-                seen,
-                changed,
-                best,
-                vocab,
-                stride,
-            ];
-            made.launch("sample_scan", [parts, rows.len()], self.threads[0], args);
-            let tokens = made.buffer(words(&vec![POISON; rows.len()]));
-            let args = vec![
-                best,
-                changed,
-                slots,
-                positions,
-                seats,
-                seen,
-                tokens,
-                sampled,
-                vocab,
-                stride,
-                Arg::U32(parts as u32),
-            ];
-            made.launch("sample", [rows.len(), 1], self.threads[1], args);
-            drawn.push(tokens);
-        }
-        let after = emulator.run(&made.buffers, &made.launches)?;
-        let read = |buffer: &Arg| match buffer {
-            Arg::Buffer(index) => read_words(&after[*index as usize]),
-            _ => Vec::new(),
-        };
-        Ok(After {
-            drawn: drawn.iter().map(read).collect(),
-            sampled: read(&sampled),
-            seen: read(&seen),
-        })
-    }
-
-    /// Of all seats in turn; each one's rise by token.
-    fn biases(&self) -> Vec<(TokenId, f32)> {
-        let begins = self.rounds.iter().flat_map(|round| &round.0);
-        let sorted = begins.flat_map(|begin| {
-            let mut biases = begin.params.logit_bias.to_vec();
-            biases.sort_by_key(|bias| bias.0);
-            biases
-        });
-        sorted.collect()
-    }
-
-    fn check(&self, emulator: &Emulator) {
-        let (ours, expected) = (self.run(emulator).expect(&self.name), self.expected());
-        for (round, (ours, expected)) in ours.drawn.iter().zip(&expected.drawn).enumerate() {
-            assert_eq!(ours, expected, "{}, round {round}", self.name);
-        }
-        assert_eq!(ours.sampled, expected.sampled, "{}", self.name);
-        assert!(ours.seen == expected.seen, "{}: what was seen differs", self.name);
-    }
-}
-
-/// Buffers and launches of a request.
-#[derive(Default)]
-struct Made {
-    buffers: Vec<Vec<u8>>,
-    launches: Vec<Launch>,
-}
-
-impl Made {
-    fn buffer(&mut self, bytes: Vec<u8>) -> Arg {
-        self.buffers.push(bytes);
-        Arg::Buffer(self.buffers.len() as u32 - 1)
-    }
-
-    fn launch(&mut self, kernel: &str, grid: [usize; 2], threads: u32, args: Vec<Arg>) {
-        if grid[0] > 0 && grid[1] > 0 {
-            let grid = [grid[0] as u32, grid[1] as u32, 1];
-            self.launches.push(Launch {
-                kernel: kernel.into(),
-                grid,
-                threads,
-                shared_bytes: 0,
-                args,
-            });
-        }
-    }
-}
-
-/// `Seat` of `sample.cuh`.
-fn seat(begin: &Begin, bias_first: u32) -> [u32; 12] {
-    let params = &begin.params;
-    let key = key_of(params.seed, begin.choice);
-    [
-        params.temperature.to_bits(),
-        params.top_p.to_bits(),
-        params.min_p.ln().to_bits(),
-        params.presence_penalty.to_bits(),
-        params.frequency_penalty.to_bits(),
-        params.repetition_penalty.to_bits(),
-        params.top_k,
-        key[0],
-        key[1],
-        bias_first,
-        params.logit_bias.len() as u32,
-        POISON,
-    ]
-}
 
 /// Kinds of rows: what a model gives, flat, tied, with minus infinities, with outliers.
 fn logits(kind: u32, vocab: usize, random: &mut Random) -> Vec<f32> {
@@ -297,6 +17,8 @@ fn logits(kind: u32, vocab: usize, random: &mut Random) -> Vec<f32> {
     let mut row: Vec<f32> =
         (0..vocab).map(|_| ((0..4).map(|_| uniform()).sum::<f64>() * 6.0 - 13.0) as f32).collect();
     for (at, logit) in row.iter_mut().enumerate() {
+        // Those that prompts, outputs and bans name may win.
+        *logit += if at < FEW as usize { 8.0 } else { 0.0 };
         match kind {
             0 => *logit += if at % 53 == 7 { 9.0 } else { 0.0 },
             1 => *logit *= 0.05,
@@ -309,6 +31,8 @@ fn logits(kind: u32, vocab: usize, random: &mut Random) -> Vec<f32> {
 }
 
 const KINDS: u32 = 5;
+/// Tokens that prompts, outputs and bans name.
+const FEW: u32 = 9;
 
 /// Every parameter is off in about half of the draws.
 fn params(vocab: usize, random: &mut Random) -> SamplingParams {
@@ -325,17 +49,23 @@ fn params(vocab: usize, random: &mut Random) -> SamplingParams {
     let vocab = vocab as u32;
     params.top_k = [0, 0, 0, 1, 2, 40, 300, vocab - 1, vocab, vocab + 5][random.below(10) as usize];
     if random.below(3) == 0 {
-        let biases = [0, 1, 5, 200][random.below(4) as usize];
-        let bias = |_| (random.below(vocab + 2), random.below(200) as f32 / 7.0 - 14.0);
-        params.logit_bias = (0..biases).map(bias).collect();
+        let biases = [0, 1, 5, 100][random.below(4) as usize];
+        // Every other one is at the edge of a part, or of the vocabulary.
+        let edges = [0, 511, 512, 2047, 2048, vocab - 1, vocab, vocab + 1];
+        let mut bias = |index: usize| {
+            let token =
+                if index.is_multiple_of(2) { random.below(vocab) } else { edges[index / 2 % 8] };
+            (token, random.below(200) as f32 / 7.0 - 14.0)
+        };
+        params.logit_bias = (0..biases).map(&mut bias).collect();
     }
     params.seed = u64::from(random.word()) << 20;
     params
 }
 
 fn tokens(vocab: usize, count: u32, random: &mut Random) -> Vec<TokenId> {
-    // Few of them, so that some repeat; and one that does not exist.
-    let few = (vocab as u32).min(9);
+    // Some repeat, and one does not exist.
+    let few = FEW.min(vocab as u32);
     let mut all: Vec<TokenId> = (0..count).map(|_| random.below(few)).collect();
     all.push(vocab as TokenId);
     all
@@ -347,7 +77,7 @@ fn random_case(vocab: usize, seats: u32, rounds: u32, threads: [u32; 2]) -> Case
     let rows = seats.min(KINDS * 2);
     let logits = (0..rows).flat_map(|row| logits(row % KINDS, vocab, random)).collect();
     let round = |round: u32| {
-        let begins = (0..seats).filter(|seat| round == 0 || (seat + round) % 4 == 0);
+        let begins = (0..seats).filter(|seat| round == 0 || (seat + round).is_multiple_of(4));
         let mut begins: Vec<Begin> = begins
             .map(|slot| Begin {
                 slot,
@@ -541,12 +271,10 @@ fn edges_are_those_of_the_cpu() {
 #[test]
 fn what_is_broken_is_noticed() {
     let whole = source(&FILES);
+    let cases =
+        [random_case(257, 64, 4, [32, 64]), edge_case("small", &small_edges(), 6, [32, 32])];
+    let expected: Vec<After> = cases.iter().map(Case::expected).collect();
     for (name, right, wrong) in [
-        (
-            "bans_are_only_low",
-            "tile[token - part.start] = -INFINITY",
-            "tile[token - part.start] = -9.0f",
-        ),
         ("seat_is_not_cleared", "seen[at] = 0", "seen[at] &= IN_PROMPT"),
         (
             "one_more_is_kept",
@@ -561,10 +289,41 @@ fn what_is_broken_is_noticed() {
     ] {
         assert!(whole.contains(right), "{name}: the kernels have no `{right}`");
         let emulator = Emulator::build(name, &whole.replace(right, wrong));
-        let noticed =
-            [random_case(257, 64, 4, [32, 64]), edge_case("small", &small_edges(), 6, [32, 32])]
-                .iter()
-                .any(|case| case.run(&emulator).expect("it runs") != case.expected());
-        assert!(noticed, "{name}");
+        let wrong = cases
+            .iter()
+            .zip(&expected)
+            .any(|(case, right)| case.run(&emulator).expect("it runs") != *right);
+        assert!(wrong, "{name}");
+    }
+}
+
+/// The noise without f64 is as near as the bound says, for words of all sizes.
+#[test]
+fn near_noise_is_near() {
+    let kernel = "#include \"common.cuh\"\n#include \"sample.cuh\"\n
+        struct Args { const uint32_t* words; float* near; float* exact; uint32_t count; };
+        __device__ inline void run(const Args& op) {
+          for (uint32_t i = threadIdx.x; i < op.count; i += blockDim.x) {
+            op.near[i] = near_gumbel(op.words[i]);
+            op.exact[i] = gumbel(op.words[i]);
+          }
+        }
+        ENTRY(test, 32, Args)\n";
+    let around = (0..32).flat_map(|bit| [1u32 << bit, (1 << bit) - 1, (1 << bit) + 1]);
+    let mut all: Vec<u32> = around.flat_map(|word| [word, !word]).collect();
+    let random = &mut Random::new(11);
+    all.extend((0..20_000).map(|_| random.word() << 1 ^ random.word()));
+    let zeros = words(&vec![0; all.len()]);
+    let mut args: Vec<Arg> = (0..3).map(Arg::Buffer).collect();
+    args.push(Arg::U32(all.len() as u32));
+    let launch = Launch { kernel: "test".into(), grid: [1; 3], threads: 32, args };
+    let emulator = Emulator::build("near_noise", kernel);
+    let after = emulator.run(&[words(&all), zeros.clone(), zeros], &[launch]).expect("it runs");
+    let [near, exact] = [1, 2].map(|buffer| read_words(&after[buffer]));
+    for ((word, near), exact) in all.iter().zip(near).zip(exact) {
+        let [near, exact] = [near, exact].map(f32::from_bits);
+        let uniform = (f64::from(*word) + 0.5) / 4_294_967_296.0;
+        assert_eq!(exact, -(-uniform.ln()).ln() as f32, "{word:08x}");
+        assert!((near - exact).abs() < 1.5e-5, "{word:08x}: {near} for {exact}");
     }
 }
