@@ -1,6 +1,6 @@
 //! What one decode step of a large model asks of the GPU, and how its bytes compare with the floor.
 
-use std::{io::Write, sync::Arc};
+use std::sync::Arc;
 
 use candela::{
     model::{Llama, ModelConfig, RuntimeLimits, load_dummy},
@@ -74,7 +74,6 @@ fn plan(seqs: usize, context: usize) -> (ModelConfig, u64, Vec<Asked>) {
 fn check(seqs: usize, context: usize, most: f64, print: bool) {
     let (config, weight_bytes, asked) = plan(seqs, context);
     let (mut bytes, mut flops) = (0, 0);
-    let mut out = std::io::stdout().lock();
     for asked in &asked {
         let (line, work) = match asked {
             Asked::Kernel(launch) => {
@@ -87,8 +86,7 @@ fn check(seqs: usize, context: usize, most: f64, print: bool) {
         bytes += work.bytes;
         flops += work.flops;
         if print {
-            writeln!(out, "{line:<60} {:>12} bytes {:>14} flops", work.bytes, work.flops)
-                .expect("prints");
+            println!("{line:<60} {:>12} bytes {:>14} flops", work.bytes, work.flops);
         }
     }
     // The embedding is looked up, not read; every other weight is read once, and so is all KV.
@@ -96,8 +94,7 @@ fn check(seqs: usize, context: usize, most: f64, print: bool) {
     let kv = (seqs * context * config.layers * 2 * config.kv_heads * config.head_dim) as u64;
     let floor = weight_bytes - embed + kv * Half::BYTES as u64;
     let ratio = bytes as f64 / floor as f64;
-    writeln!(out, "{seqs} x {context}: {bytes} bytes, {ratio:.4} of the floor, {flops} flops")
-        .expect("prints");
+    println!("{seqs} x {context}: {bytes} bytes, {ratio:.4} of the floor, {flops} flops");
     assert!((1.0..=most).contains(&ratio), "{seqs} x {context}: {ratio}");
     // Two operations a weight, and four a query head's element and token.
     let products = (weight_bytes - embed) / Half::BYTES as u64 * 2 * seqs as u64;

@@ -316,7 +316,7 @@ fn near_noise_is_near() {
     let zeros = words(&vec![0; all.len()]);
     let mut args: Vec<Arg> = (0..3).map(Arg::Buffer).collect();
     args.push(Arg::U32(all.len() as u32));
-    let launch = Launch { kernel: "test".into(), grid: [1; 3], threads: 32, args };
+    let launch = Launch { kernel: "test".into(), grid: [1; 3], threads: 32, shared_bytes: 0, args };
     let emulator = Emulator::build("near_noise", kernel);
     let after = emulator.run(&[words(&all), zeros.clone(), zeros], &[launch]).expect("it runs");
     let [near, exact] = [1, 2].map(|buffer| read_words(&after[buffer]));
