@@ -100,6 +100,7 @@ fn engine(path: &std::path::Path, metered: bool) -> Assembled {
         client_stall_max: Duration::from_secs(60),
         calibration: Duration::from_secs(1),
         metered,
+        gpu: None,
     };
     let source = ModelSource::Gguf { path: path.to_owned() };
     assemble(&ModelId::new(books::MODEL), &source, &spec, Clock::system()).expect("loads")

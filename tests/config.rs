@@ -114,7 +114,8 @@ fn values_out_of_range_are_refused() {
     refuses("", &["--pipeline-depth", "3"], &["pipeline_depth", "1 to 2"]);
     refuses("", &["--threads", "0"], &["threads"]);
     refuses("", &["--max-num-seqs", "0"], &["max_num_seqs"]);
-    refuses("", &["--max-num-seqs", "1000"], &["max_num_batched_tokens", "max_num_seqs"]);
+    let both = &["--max-num-seqs", "1000", "--max-num-batched-tokens", "512"];
+    refuses("", both, &["max_num_batched_tokens", "max_num_seqs"]);
     refuses("", &["--waiting-requests-max", "0"], &["waiting_requests_max"]);
     refuses("", &["--choices-max", "129"], &["choices_max"]);
     refuses("", &["--logprobs-top-max", "21"], &["logprobs_top_max"]);

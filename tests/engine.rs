@@ -30,6 +30,7 @@ fn start(change: impl FnOnce(&mut EngineSpec)) -> Assembled {
         client_stall_max: Duration::from_secs(60),
         calibration: Duration::ZERO,
         metered: true,
+        gpu: None,
     };
     change(&mut spec);
     let source = ModelSource::Gguf { path: common::default_model() };

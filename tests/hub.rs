@@ -289,6 +289,7 @@ fn a_repository_becomes_a_model_that_opens() {
         client_stall_max: Duration::from_secs(60),
         calibration: Duration::ZERO,
         metered: true,
+        gpu: None,
     };
     let opened =
         assemble(&ModelId::new("m"), &model.source, &spec, Clock::system()).expect("opens");

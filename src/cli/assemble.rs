@@ -4,6 +4,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 
+use super::on_gpu::{self, GpuChoice};
 use crate::{
     clock::Clock,
     config::{IsaMax, KvCacheDtype},
@@ -20,8 +21,10 @@ use crate::{
 };
 
 /// What an engine is built with; all of it comes from the configuration.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct EngineSpec {
+    /// The GPU that it runs on, or the CPU.
+    pub gpu: Option<Arc<GpuChoice>>,
     pub threads: usize,
     pub context_tokens_max: Option<usize>,
     pub kv_cache_bytes: usize,
@@ -77,7 +80,10 @@ pub fn assemble(
             (files, tokenizer, template)
         }
     };
-    let (mut config, weights) = model::load(&files)?;
+    let (mut config, weights) = match &spec.gpu {
+        Some(choice) => on_gpu::load(&files, choice)?,
+        None => model::load(&files)?,
+    };
     if let ModelSource::Dir { generation_config: Some(path), .. } = source {
         config.eos_token_ids.extend(generation_end_tokens(path)?);
     }
@@ -89,8 +95,20 @@ pub fn assemble(
         );
     }
     let block_bytes = Llama::kv_bytes_per_block(&config, spec.kv_dtype);
-    let kv_blocks = spec.kv_cache_bytes / block_bytes;
     let wanted = spec.context_tokens_max.unwrap_or(config.max_position).min(config.max_position);
+    let logits_rows_max = spec.running_seqs_max.max(64).min(spec.step_tokens_max.max(1));
+    let runtime = RuntimeLimits {
+        step_tokens_max: spec.step_tokens_max,
+        logits_rows_max,
+        kv_blocks: spec.kv_cache_bytes / block_bytes,
+        kv_dtype: spec.kv_dtype,
+        context_tokens_max: wanted,
+    };
+    let model = (config, weights);
+    let (kv_blocks, (config, weights)) = match &spec.gpu {
+        Some(choice) => on_gpu::kv_blocks(choice, model, runtime, spec.running_seqs_max)?,
+        None => (runtime.kv_blocks, model),
+    };
     let context_tokens_max = wanted.min(kv_blocks * KV_BLOCK_TOKENS);
     if context_tokens_max < 2 * KV_BLOCK_TOKENS {
         bail!("{} bytes of KV cache are too few; raise --kv-cache-memory", spec.kv_cache_bytes);
@@ -101,7 +119,6 @@ pub fn assemble(
     tracing::info!(
         model = %id, kv_blocks, kv_bytes = kv_blocks * block_bytes, context_tokens_max, "KV cache"
     );
-    let logits_rows_max = spec.running_seqs_max.max(64).min(spec.step_tokens_max.max(1));
     let limits = Limits {
         step_tokens_max: spec.step_tokens_max,
         running_seqs_max: spec.running_seqs_max,
@@ -122,16 +139,18 @@ pub fn assemble(
         eos_token_ids: config.eos_token_ids.clone(),
         sliding_window: config.window(),
     };
-    let runtime = RuntimeLimits {
-        step_tokens_max: spec.step_tokens_max,
-        logits_rows_max,
-        kv_blocks,
-        kv_dtype: spec.kv_dtype,
-        context_tokens_max,
-    };
+    let runtime = RuntimeLimits { kv_blocks, context_tokens_max, ..runtime };
     let (threads, seats, device_clock) = (spec.threads, spec.running_seqs_max, clock.clone());
-    let make = move || make_device(config, weights, runtime, threads, seats, device_clock);
-    let engine = engine::start(options, tokenizer.clone(), clock, make)?;
+    let engine = match spec.gpu.clone() {
+        Some(choice) => {
+            let make = move || on_gpu::make(&choice, (config, weights), runtime, seats);
+            engine::start(options, tokenizer.clone(), clock, make)?
+        }
+        None => {
+            let make = move || make_device(config, weights, runtime, threads, seats, device_clock);
+            engine::start(options, tokenizer.clone(), clock, make)?
+        }
+    };
     Ok(Assembled { tokenizer, template, engine, context_tokens_max })
 }
 

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     config::{ByteSize, Config, Device, Settings},
+    engine::device::gpus::{self, GpuFacts},
     registry::{NoProgress, Registry, RegistryOptions},
 };
 
@@ -69,15 +70,34 @@ pub fn doctor(settings: Settings) -> anyhow::Result<ExitCode> {
 }
 
 fn check_machine(config: &Config) -> Vec<(&'static str, Finding)> {
-    let device = match config.device {
-        Device::Auto | Device::Cpu => machine::cpu_model().unwrap_or_else(|| "CPU".to_string()),
-    };
     vec![
-        ("device", Good(format!("cpu: {device}"))),
+        ("device", check_device(config)),
         ("SIMD", check_simd(&machine::simd_features())),
         ("threads", check_threads(config.threads)),
         ("memory", check_memory(Memory::read(), config.kv_cache_memory_bytes)),
     ]
+}
+
+fn check_device(config: &Config) -> Finding {
+    let cpu = || machine::cpu_model().unwrap_or_else(|| "CPU".to_string());
+    let ordinal = match config.device {
+        Device::Cpu => return Good(format!("cpu: {}", cpu())),
+        Device::Cuda(ordinal) => ordinal,
+        Device::Auto => match gpus::count() {
+            Ok(count) if count > 0 => 0,
+            Err(why) if gpus::BUILT => return Poor(format!("cpu: {}. No GPU: {why}", cpu())),
+            _ => return Good(format!("cpu: {}", cpu())),
+        },
+    };
+    match gpus::open(ordinal) {
+        Ok(open) => {
+            let GpuFacts { name, capability: (major, minor), free_bytes, total_bytes, .. } =
+                open.facts;
+            let (free, total) = (ByteSize(free_bytes), ByteSize(total_bytes));
+            Good(format!("cuda:{ordinal}: {name}, {major}.{minor}, {free} of {total} free"))
+        }
+        Err(why) => Broken(why),
+    }
 }
 
 fn check_simd(features: &[(&str, bool)]) -> Finding {

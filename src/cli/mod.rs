@@ -9,6 +9,7 @@ mod ledger;
 pub mod logging;
 pub mod machine;
 pub mod net;
+mod on_gpu;
 mod open_ledger;
 mod pull;
 mod reload;

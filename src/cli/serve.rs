@@ -8,7 +8,7 @@ use super::{
     assemble::{Assembled, EngineSpec, assemble, isa_max, kv_dtype},
     gpus, logging, machine,
     net::{self, DrainHooks, Stopped},
-    open_ledger, pull,
+    on_gpu, open_ledger, pull,
     reload::{hangups, reload},
 };
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
     clock::Clock,
     config::{Config, Settings},
     engine::EngineHandle,
-    ops::simd,
+    ops::{KvDtype, simd},
     price::Prices,
     registry::{BarProgress, DEFAULT_MODEL, Registry},
     telemetry::Metrics,
@@ -50,7 +50,7 @@ pub fn serve(settings: Settings) -> anyhow::Result<ExitCode> {
         net::bind(SocketAddr::new(config.host, config.port))?
     };
     let clock = Clock::system();
-    let (id, model, prices) = load(&config, clock.clone())?;
+    let Loaded { id, model, prices, choices_max } = load(&config, clock.clone())?;
     let ledger = open_ledger::open(&config, &id, prices)?;
     let books = ledger.thread.ledger.clone();
     let engine = model.engine.handle.clone();
@@ -75,7 +75,7 @@ pub fn serve(settings: Settings) -> anyhow::Result<ExitCode> {
         gpu_uuid,
         reader: ledger.reader.clone(),
         clock,
-        choices_max: config.choices_max.min(config.running_seqs_max) as u32,
+        choices_max: choices_max as u32,
         logprobs_top_max: config.logprobs_top_max as u32,
         completion_tokens_max: config
             .max_completion_tokens_max
@@ -110,29 +110,53 @@ fn anonymous(config: &Config) -> Anonymous {
     }
 }
 
-fn load(config: &Config, clock: Clock) -> anyhow::Result<(ModelId, Assembled, Option<Prices>)> {
+/// A model whose engine runs.
+struct Loaded {
+    id: ModelId,
+    model: Assembled,
+    prices: Option<Prices>,
+    /// Choices that a request may have.
+    choices_max: usize,
+}
+
+fn load(config: &Config, clock: Clock) -> anyhow::Result<Loaded> {
     let registry = Registry::new(pull::registry_options(&config.sources))?;
     let wanted = config.model.as_deref().unwrap_or(DEFAULT_MODEL);
     let resolved = registry.resolve(wanted, &BarProgress::default())?;
     let id = ModelId::new(config.served_model_name.as_deref().unwrap_or(&resolved.id));
+    let gpu = on_gpu::choose(config)?.map(Arc::new);
+    let (step_tokens_max, running_seqs_max) = config.batch.on(gpu.is_some());
+    if step_tokens_max < running_seqs_max {
+        anyhow::bail!(
+            "max_num_batched_tokens {step_tokens_max} is less than max_num_seqs {running_seqs_max}"
+        );
+    }
+    let kv_cache_bytes = match gpu {
+        // What is left of its memory, once the rest is there.
+        Some(_) => 0,
+        None => machine::kv_cache_memory_bytes(config.kv_cache_memory_bytes)?,
+    };
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let spec = EngineSpec {
         threads: config.threads.unwrap_or(cores),
         context_tokens_max: config.context_tokens_max,
-        kv_cache_bytes: machine::kv_cache_memory_bytes(config.kv_cache_memory_bytes)? as usize,
-        kv_dtype: kv_dtype(config.kv_cache_dtype),
-        step_tokens_max: config.step_tokens_max,
-        running_seqs_max: config.running_seqs_max,
+        kv_cache_bytes: kv_cache_bytes as usize,
+        // On a GPU it is of 16 bits, like everything.
+        kv_dtype: if gpu.is_some() { KvDtype::F16 } else { kv_dtype(config.kv_cache_dtype) },
+        step_tokens_max,
+        running_seqs_max,
         waiting_requests_max: config.waiting_requests_max,
         pipeline_depth: config.pipeline_depth,
         stream_buffer_events_max: config.stream_buffer_events_max,
         client_stall_max: config.client_stall_max,
         calibration: CALIBRATION,
         metered: true,
+        gpu,
     };
     let model = assemble(&id, &resolved.source, &spec, clock)
         .with_context(|| format!("loading {wanted}"))?;
-    Ok((id, model, resolved.prices))
+    let choices_max = config.choices_max.min(running_seqs_max);
+    Ok(Loaded { id, model, prices: resolved.prices, choices_max })
 }
 
 async fn listen(

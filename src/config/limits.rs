@@ -15,8 +15,11 @@ pub const WAITING_REQUESTS_MAX: u64 = 1024;
 /// A key shorter than this can be guessed.
 pub const API_KEY_BYTES_MIN: usize = 8;
 
-pub const STEP_TOKENS_MAX: u64 = 512;
-pub const RUNNING_SEQS_MAX: u64 = 32;
+pub const STEP_TOKENS_MAX: usize = 512;
+pub const RUNNING_SEQS_MAX: usize = 32;
+pub const GPU_STEP_TOKENS_MAX: usize = 2048;
+pub const GPU_RUNNING_SEQS_MAX: usize = 256;
+pub const GPU_MEMORY_UTILIZATION: f64 = 0.90;
 pub const PIPELINE_DEPTH: u64 = 2;
 /// Share of the available memory that the KV cache takes unless told otherwise: the weights are
 /// mapped by then, the rest is for activations and for the machine's other work.

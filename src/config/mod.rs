@@ -12,7 +12,9 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 pub use limits::*;
 pub use price::FilePrice;
 pub use settings::Settings;
-pub use value::{ByteSize, ConfigError, Device, IsaMax, KvCacheDtype, LogFormat, Secret};
+pub use value::{
+    ByteSize, ConfigError, Device, GpuDtype, IsaMax, KvCacheDtype, LoadFormat, LogFormat, Secret,
+};
 
 /// Where models come from and where they are kept.
 #[derive(Clone, Debug)]
@@ -74,6 +76,10 @@ pub struct Config {
     pub waiting_requests_max: usize,
 
     pub device: Device,
+    pub gpu_memory_utilization: f64,
+    pub gpu_dtype: GpuDtype,
+    pub cuda_graphs: bool,
+    pub load_format: LoadFormat,
     /// Which GPU the device is, where it does not say so itself.
     pub meter_gpu_uuid: Option<String>,
     /// Threads of the CPU device; none means every core this process may use.
@@ -84,8 +90,7 @@ pub struct Config {
     pub kv_cache_memory_bytes: Option<u64>,
     pub kv_cache_dtype: KvCacheDtype,
     pub isa_max: Option<IsaMax>,
-    pub step_tokens_max: usize,
-    pub running_seqs_max: usize,
+    pub batch: Batch,
     /// Steps in flight: 1 or 2.
     pub pipeline_depth: usize,
 
@@ -95,6 +100,26 @@ pub struct Config {
     pub logprobs_top_max: usize,
 
     pub log_format: LogFormat,
+}
+
+/// How much runs at once; what was not said depends on the device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Batch {
+    pub step_tokens_max: Option<usize>,
+    pub running_seqs_max: Option<usize>,
+}
+
+impl Batch {
+    /// Tokens of a step and sequences at once, on the CPU or on a GPU. A default gives way to what was
+    /// said, as each running sequence needs a token of every step.
+    pub fn on(self, gpu: bool) -> (usize, usize) {
+        let (tokens, seqs) = match gpu {
+            false => (limits::STEP_TOKENS_MAX, limits::RUNNING_SEQS_MAX),
+            true => (limits::GPU_STEP_TOKENS_MAX, limits::GPU_RUNNING_SEQS_MAX),
+        };
+        let tokens = self.step_tokens_max.unwrap_or(tokens.max(self.running_seqs_max.unwrap_or(0)));
+        (tokens, self.running_seqs_max.unwrap_or(seqs.min(tokens)))
+    }
 }
 
 impl Config {

@@ -6,7 +6,9 @@ use clap::{Args, builder::BoolishValueParser};
 use serde::Deserialize;
 
 use super::FilePrice;
-use super::value::{ByteSize, Device, IsaMax, KvCacheDtype, LogFormat, Secret};
+use super::value::{
+    ByteSize, Device, GpuDtype, IsaMax, KvCacheDtype, LoadFormat, LogFormat, Secret,
+};
 
 /// Declares the settings, once, with the rule that the first source that names one wins.
 macro_rules! settings {
@@ -118,9 +120,25 @@ settings! {
     #[arg(long, env = "CANDELA_DRAIN_TIMEOUT", value_name = "S", help_heading = "Server")]
     drain_timeout: u64,
 
-    /// Device: auto or cpu [default: auto]
+    /// Device: cpu, cuda:N, or auto for a GPU where there is one [default: auto]
     #[arg(long, env = "CANDELA_DEVICE", help_heading = "Engine")]
     device: Device,
+    /// Share of a GPU's memory that may be used: what weights and workspace leave of it holds the KV
+    /// cache [default: 0.90]
+    #[arg(long, env = "CANDELA_GPU_MEMORY_UTILIZATION", value_name = "SHARE", help_heading = "Engine")]
+    gpu_memory_utilization: f64,
+    /// Element type of weights, activations and KV cache on a GPU: bf16 or f16 [default: bf16]
+    #[arg(long, env = "CANDELA_DTYPE", value_name = "DTYPE", help_heading = "Engine")]
+    dtype: GpuDtype,
+    /// Run every step of a GPU kernel by kernel, and do not capture decode steps as graphs: slower,
+    /// for finding faults
+    #[arg(long, env = "CANDELA_NO_CUDA_GRAPHS", help_heading = "Engine",
+        num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    no_cuda_graphs: bool,
+    /// auto reads weights; dummy makes them up on the GPU for the shapes of a config.json, to time
+    /// models whose weights nobody has [default: auto]
+    #[arg(long, env = "CANDELA_LOAD_FORMAT", value_name = "FORMAT", help_heading = "Engine")]
+    load_format: LoadFormat,
     /// CPU threads [default: every core this process may use]
     #[arg(long, env = "CANDELA_THREADS", value_name = "N", help_heading = "Engine")]
     threads: u64,
@@ -135,17 +153,18 @@ settings! {
     /// Longest prompt plus output in tokens [default: the model's own]
     #[arg(long, env = "CANDELA_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Engine")]
     max_model_len: u64,
-    /// Memory for the KV cache, such as 4GiB [default: half of what is available]
+    /// Memory for the KV cache, such as 4GiB [default: half of what is available; on a GPU what
+    /// --gpu-memory-utilization leaves]
     #[arg(long, env = "CANDELA_KV_CACHE_MEMORY", value_name = "BYTES", help_heading = "Engine")]
     kv_cache_memory: ByteSize,
-    /// Element type of the KV cache: f16, or f32 for twice the memory and the exactest logits
-    /// [default: f16]
+    /// Element type of the KV cache on the CPU: f16, or f32 for twice the memory and the exactest
+    /// logits [default: f16]
     #[arg(long, env = "CANDELA_KV_CACHE_DTYPE", value_name = "DTYPE", help_heading = "Engine")]
     kv_cache_dtype: KvCacheDtype,
-    /// Tokens computed in one step, prefill and decode together [default: 512]
+    /// Tokens computed in one step, prefill and decode together [default: 512, on a GPU 2048]
     #[arg(long, env = "CANDELA_MAX_NUM_BATCHED_TOKENS", value_name = "TOKENS", help_heading = "Engine")]
     max_num_batched_tokens: u64,
-    /// Sequences that run at once [default: 32]
+    /// Sequences that run at once [default: 32, on a GPU 256]
     #[arg(long, env = "CANDELA_MAX_NUM_SEQS", value_name = "N", help_heading = "Engine")]
     max_num_seqs: u64,
     /// Steps in flight, 1 or 2 [default: 2]

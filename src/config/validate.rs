@@ -3,8 +3,8 @@
 use std::{net::IpAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use super::{
-    ByteSize, Config, ConfigError, Device, KvCacheDtype, LedgerPlace, LogFormat, Settings, Sources,
-    limits::*,
+    Batch, ByteSize, Config, ConfigError, Device, GpuDtype, KvCacheDtype, LedgerPlace, LoadFormat,
+    LogFormat, Settings, Sources, limits::*,
 };
 
 pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, ConfigError> {
@@ -70,6 +70,14 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
             1..=COUNT_LIMIT,
         )?,
         device: settings.device.unwrap_or(Device::Auto),
+        gpu_memory_utilization: share(
+            "gpu_memory_utilization",
+            settings.gpu_memory_utilization,
+            GPU_MEMORY_UTILIZATION,
+        )?,
+        gpu_dtype: settings.dtype.unwrap_or(GpuDtype::Bf16),
+        cuda_graphs: !settings.no_cuda_graphs.unwrap_or(false),
+        load_format: settings.load_format.unwrap_or(LoadFormat::Auto),
         meter_gpu_uuid: not_empty("meter_gpu_uuid", settings.meter_gpu_uuid)?,
         threads: optional_count("threads", settings.threads, 1..=THREADS_LIMIT)?,
         context_tokens_max: optional_count(
@@ -80,18 +88,18 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
         kv_cache_memory_bytes: kv,
         kv_cache_dtype: settings.kv_cache_dtype.unwrap_or(KvCacheDtype::F16),
         isa_max: settings.isa_max,
-        step_tokens_max: count(
-            "max_num_batched_tokens",
-            settings.max_num_batched_tokens,
-            STEP_TOKENS_MAX,
-            1..=COUNT_LIMIT,
-        )?,
-        running_seqs_max: count(
-            "max_num_seqs",
-            settings.max_num_seqs,
-            RUNNING_SEQS_MAX,
-            1..=COUNT_LIMIT,
-        )?,
+        batch: Batch {
+            step_tokens_max: optional_count(
+                "max_num_batched_tokens",
+                settings.max_num_batched_tokens,
+                1..=COUNT_LIMIT,
+            )?,
+            running_seqs_max: optional_count(
+                "max_num_seqs",
+                settings.max_num_seqs,
+                1..=COUNT_LIMIT,
+            )?,
+        },
         pipeline_depth: count("pipeline_depth", settings.pipeline_depth, PIPELINE_DEPTH, 1..=2)?,
         max_completion_tokens_max: optional_count(
             "max_completion_tokens",
@@ -107,11 +115,11 @@ pub fn config(settings: Settings, file: Option<PathBuf>) -> Result<Config, Confi
         )?,
         log_format: settings.log_format.unwrap_or(LogFormat::Text),
     };
-    if config.step_tokens_max < config.running_seqs_max {
+    let (step_tokens, seqs) = config.batch.on(false);
+    if step_tokens < seqs {
         // Each running sequence needs one token of every step, or decode starves.
         let message = format!(
-            "{} is less than max_num_seqs ({}): raise the one or lower the other",
-            config.step_tokens_max, config.running_seqs_max
+            "{step_tokens} is less than max_num_seqs ({seqs}): raise the one or lower the other"
         );
         return Err(ConfigError::Value { setting: "max_num_batched_tokens", message });
     }
@@ -229,4 +237,14 @@ fn optional(
         }
         other => Ok(other),
     }
+}
+
+/// A share of a whole, above 0 and up to 1.
+fn share(setting: &'static str, value: Option<f64>, default: f64) -> Result<f64, ConfigError> {
+    let value = value.unwrap_or(default);
+    if value > 0.0 && value <= 1.0 {
+        return Ok(value);
+    }
+    let message = format!("{value} is not above 0 and up to 1, as 0.90 is");
+    Err(ConfigError::Value { setting, message })
 }

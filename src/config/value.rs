@@ -156,9 +156,44 @@ macro_rules! words {
     };
 }
 
+/// What the model runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// A GPU where this build and this machine have one, else the CPU.
+    Auto,
+    Cpu,
+    /// A GPU by the number that CUDA gives it.
+    Cuda(usize),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not auto, cpu, cuda or cuda:N");
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Self::Auto),
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(0)),
+            Some(("cuda", number)) => number.parse().map(Self::Cuda).map_err(|_| wrong()),
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Device {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
 words!(
-    /// `auto` takes the best device this build can use.
-    Device, "auto" => Auto, "cpu" => Cpu; device_hint
+    /// Element type of weights, activations and KV cache on a GPU.
+    GpuDtype, "bf16" => Bf16, "f16" => F16; |word| format!("`{word}` is not bf16 or f16")
+);
+words!(
+    /// Where weights come from.
+    LoadFormat, "auto" => Auto, "dummy" => Dummy; |word| format!("`{word}` is not auto or dummy")
 );
 words!(KvCacheDtype, "f16" => F16, "f32" => F32; |word| format!("`{word}` is not f16 or f32"));
 words!(
@@ -167,10 +202,3 @@ words!(
     |word| format!("`{word}` is not portable, avx2 or avx512")
 );
 words!(LogFormat, "text" => Text, "json" => Json; |word| format!("`{word}` is not text or json"));
-
-fn device_hint(word: &str) -> String {
-    if word == "cuda" || word.starts_with("cuda:") {
-        return format!("`{word}`: this build has no CUDA device; say cpu or auto");
-    }
-    format!("`{word}` is not auto or cpu")
-}

@@ -111,6 +111,10 @@ impl Llama {
         })
     }
 
+    pub fn into_parts(self) -> (ModelConfig, ModelWeights) {
+        (self.config, self.weights)
+    }
+
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }

@@ -175,6 +175,8 @@ pub trait Gpu: Send + Sync {
     fn allocate(&self, bytes: usize) -> Result<Buffer>;
     /// Zeroed memory for ops.
     fn region(&self, elements: usize, dtype: Half) -> Result<Region>;
+    /// Bytes that are free now, and all there are.
+    fn memory(&self) -> Result<(u64, u64)>;
     /// Copies to `to`, which lies within one allocation.
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<()>;
     fn multiprocessors(&self) -> usize;

@@ -131,6 +131,7 @@ fn start(path: &Path) -> Assembled {
         client_stall_max: Duration::from_secs(60),
         calibration: Duration::ZERO,
         metered: true,
+        gpu: None,
     };
     let source = ModelSource::Gguf { path: path.to_owned() };
     assemble(&ModelId::new("golden"), &source, &spec, Clock::system()).expect("the model loads")

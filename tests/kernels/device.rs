@@ -9,7 +9,7 @@ use candela::{
     engine::{
         EngineOptions, EngineWithoutThread, GenerateRequest, RequestStream, StopParams,
         StreamEvent,
-        device::{CpuDevice, Device, DeviceError, GpuDevice, GpuSpec},
+        device::{CpuDevice, Device, DeviceError, GpuDevice, GpuSpec, gpu::Graphs},
     },
     ledger::Lease,
     model::{
@@ -142,6 +142,7 @@ fn real_tokenizer() -> Tokenizer {
         client_stall_max: Duration::from_secs(1),
         calibration: Duration::ZERO,
         metered: false,
+        gpu: None,
     };
     let source = ModelSource::Gguf { path: common::default_model() };
     let whole = assemble_engine(&ModelId::new("test"), &source, &spec, Clock::system());
@@ -162,8 +163,9 @@ fn real_weights_answer_as_on_the_cpu() {
         let gpu = Arc::new(EmulatedGpu::new(2, 0));
         let place = WeightPlace::Gpu(&*gpu, Half::F16);
         let (config, weights) = load_to(&files, place).map_err(refused)?;
-        let spec = GpuSpec { limits: runtime_limits(), dtype: Half::F16, seats: 1, graphs: true };
-        GpuDevice::new(gpu, config, weights, spec, None).map_err(refused)
+        let spec =
+            GpuSpec { limits: runtime_limits(), dtype: Half::F16, seats: 1, graphs: Graphs::All };
+        GpuDevice::new(gpu, config, weights, spec, None, &|_, _| {}).map_err(refused)
     };
     let ours = run(&tokenizer, 2, on_gpu, &asked);
     let on_cpu = || {
@@ -217,13 +219,14 @@ fn tiny() -> ModelConfig {
 fn graphs_and_depth_change_no_token() {
     let tokenizer = real_tokenizer();
     let mut seen: Vec<Vec<Vec<Told>>> = Vec::new();
-    for (graphs, depth) in [(false, 1), (true, 1), (true, 2)] {
+    for (graphs, depth) in [(Graphs::None, 1), (Graphs::All, 1), (Graphs::All, 2)] {
         let on_gpu = || {
             let gpu = Arc::new(EmulatedGpu::new(0, 2));
             let source = forward::Random { seed: 8, dtype: Half::F16 };
             let weights = assemble(&tiny(), &source, WeightPlace::Gpu(&*gpu, Half::F16));
             let spec = GpuSpec { limits: runtime_limits(), dtype: Half::F16, seats: SEATS, graphs };
-            GpuDevice::new(gpu, tiny(), weights.map_err(refused)?, spec, None).map_err(refused)
+            GpuDevice::new(gpu, tiny(), weights.map_err(refused)?, spec, None, &|_, _| {})
+                .map_err(refused)
         };
         seen.push(run(&tokenizer, depth, on_gpu, &mixed(tiny().vocab_size as u32)));
     }

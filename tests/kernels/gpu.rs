@@ -111,6 +111,10 @@ impl Gpu for EmulatedGpu {
         Ok(Region::Emulated(memory(elements * Half::BYTES, POISON)))
     }
 
+    fn memory(&self) -> Result<(u64, u64)> {
+        Ok((1 << 30, 1 << 30))
+    }
+
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
         assert!(self.captured().is_none(), "something is sent while capturing");
         write(to, bytes);
@@ -247,6 +251,10 @@ impl Gpu for NotedGpu {
 
     fn region(&self, elements: usize, _: Half) -> Result<Region> {
         self.allocate(elements * Half::BYTES).map(Region::Emulated)
+    }
+
+    fn memory(&self) -> Result<(u64, u64)> {
+        Ok((1 << 40, 1 << 40))
     }
 
     fn upload(&self, _: u64, _: &[u8]) -> Result<()> {

@@ -31,8 +31,16 @@ pub struct GpuSpec {
     pub limits: RuntimeLimits,
     pub dtype: Half,
     pub seats: usize,
-    /// Decode steps are captured as graphs.
-    pub graphs: bool,
+    pub graphs: Graphs,
+}
+
+/// Which decode steps are captured as graphs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Graphs {
+    None,
+    /// One, to see what it takes.
+    Largest,
+    All,
 }
 
 /// A model on a GPU and what it keeps per seat.
@@ -44,6 +52,8 @@ pub struct GpuDevice {
     inbox: Inbox,
     /// Rows of decode steps, rising, and their graphs.
     buckets: Vec<(usize, Option<Box<dyn Graph>>)>,
+    /// What a graph took of the GPU's memory.
+    graph_bytes: u64,
     packet: Packet,
     /// Alternatives that each seat's occupant wants to hear of, where it wants log-probabilities.
     tops: Vec<Option<u32>>,
@@ -61,12 +71,14 @@ struct UnderWay {
 }
 
 impl GpuDevice {
+    /// `captured` hears of graphs: how many are done, and of how many.
     pub fn new(
         gpu: Arc<dyn Gpu>,
         config: ModelConfig,
         weights: ModelWeights,
         spec: GpuSpec,
         uuid: Option<String>,
+        captured: &dyn Fn(usize, usize),
     ) -> std::result::Result<Self, ModelError> {
         let GpuSpec { limits, dtype, seats, graphs } = spec;
         let step = StepBuffers::new(&*gpu, step_limits(&limits, seats))?;
@@ -93,20 +105,35 @@ impl GpuDevice {
             sampler,
             inbox,
             buckets: buckets(rows_max).into_iter().map(|rows| (rows, None)).collect(),
+            graph_bytes: 0,
             packet: Packet::default(),
             tops: vec![None; seats],
             under_way: VecDeque::new(),
             uuid,
         };
-        if graphs {
-            made.capture()?;
+        match graphs {
+            Graphs::None => {}
+            Graphs::Largest => made.capture(made.buckets.len() - 1, captured)?,
+            Graphs::All => made.capture(0, captured)?,
         }
         Ok(made)
     }
 
-    /// Captures every bucket, the largest first: what it needs, the others need as well.
-    fn capture(&mut self) -> Result<()> {
-        for index in (0..self.buckets.len()).rev() {
+    /// The model again, without what was made for it.
+    pub fn into_model(self) -> (ModelConfig, ModelWeights) {
+        self.model.into_parts()
+    }
+
+    /// Bytes that graphs of all buckets take at most, by what one took.
+    pub fn graph_bytes(&self) -> u64 {
+        self.graph_bytes * self.buckets.len() as u64
+    }
+
+    /// Captures buckets down to number `least`, the largest first: what it needs, the others need as
+    /// well.
+    fn capture(&mut self, least: usize, captured: &dyn Fn(usize, usize)) -> Result<()> {
+        let all = self.buckets.len();
+        for index in (least..all).rev() {
             let rows = self.buckets[index].0;
             let mut inputs = StepInputs { cu_seqlens_q: vec![0], ..StepInputs::default() };
             pad(&mut inputs, rows);
@@ -116,10 +143,13 @@ impl GpuDevice {
             self.sampler.pack_draws(&pads(rows), &mut self.packet)?;
             self.packet.send(&*self.gpu, &self.inbox)?;
             self.compute(&inputs, rows)?;
+            let (before, _) = self.gpu.memory()?;
             let mut work = || self.compute(&inputs, rows);
             let graph = self.gpu.capture(&mut work)?;
+            let (after, _) = self.gpu.memory()?;
+            self.graph_bytes = self.graph_bytes.max(before.saturating_sub(after));
             self.buckets[index].1 = Some(graph);
-            tracing::debug!(rows, "captured");
+            captured(all - index, all);
         }
         Ok(())
     }

@@ -22,6 +22,7 @@ use cudarc::{
     nvrtc::Ptx,
 };
 
+use super::gpus::GpuFacts;
 use crate::ops::{
     Region,
     gpu::{Args, Buffer, Gpu, Graph, Half, Launch, Matmul, Pending},
@@ -51,17 +52,6 @@ pub struct Cuda {
     uploads: Mutex<Uploads>,
     downloads: Arc<Downloads>,
     begun: Mutex<Option<CudaEvent>>,
-}
-
-/// What a GPU is called, and how much memory it has.
-#[derive(Clone, Debug)]
-pub struct GpuFacts {
-    pub name: String,
-    /// As NVML has it: `GPU-` and groups of hexadecimal digits.
-    pub uuid: String,
-    pub capability: (i32, i32),
-    pub free_bytes: u64,
-    pub total_bytes: u64,
 }
 
 /// How many GPUs the driver shows, or why it shows none.
@@ -157,11 +147,6 @@ impl Cuda {
         })
     }
 
-    /// Waits until everything has run.
-    pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(failed)
-    }
-
     fn function(&self, launch: &Launch) -> Result<CudaFunction> {
         let mut functions = lock(&self.functions);
         if let Some(known) = functions.get(launch.kernel) {
@@ -202,6 +187,13 @@ impl Gpu for Cuda {
             Half::F16 => DType::F16,
         };
         Ok(Region::Tensor(Tensor::zeros(elements, dtype, &self.device)?))
+    }
+
+    fn memory(&self) -> Result<(u64, u64)> {
+        // What was given back is free once everything before it has run.
+        self.stream.synchronize().map_err(failed)?;
+        let (free, total) = self.context.mem_get_info().map_err(failed)?;
+        Ok((free as u64, total as u64))
     }
 
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
