@@ -306,6 +306,7 @@ async fn a_sentencepiece_model_is_served() {
         client_stall_max: Duration::from_secs(60),
         calibration: Duration::ZERO,
         metered: true,
+        gpu: None,
     };
     let model = assemble(&ModelId::new("m"), &ModelSource::Gguf { path }, &spec, Clock::system());
     let model = model.expect("assembles");
