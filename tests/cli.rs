@@ -35,7 +35,11 @@ fn help_and_version() {
     let dir = tempfile::tempdir().unwrap();
     let check = |line: &[&str], code, parts: &[&str]| check(dir.path(), &[], line, code, parts);
     check(&["--help"], 0, &["serve", "pull", "doctor", "bench", "candela.toml", "Examples"]);
-    check(&["serve", "--help"], 0, &["--max-num-seqs", "CANDELA_MAX_NUM_SEQS", "[default: 32]"]);
+    check(
+        &["serve", "--help"],
+        0,
+        &["--max-num-seqs", "CANDELA_MAX_NUM_SEQS", "[default: 32, on a GPU 256]"],
+    );
     check(&["bench", "--help"], 0, &["--goodput", "--request-rate", "--url"]);
     check(&["version"], 0, &[concat!("candela ", env!("CARGO_PKG_VERSION"))]);
     check(&["--version"], 0, &[env!("CARGO_PKG_VERSION")]);

@@ -10,8 +10,7 @@ use cudarc::{
         sys::{
             cublasComputeType_t, cublasLtEpilogue_t, cublasLtHandle_t, cublasLtMatmulAlgo_t,
             cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t,
-            cublasLtMatmulPreferenceAttributes_t, cublasLtMatrixLayout_t, cublasOperation_t,
-            cudaDataType,
+            cublasLtMatmulPreferenceAttributes_t, cublasLtMatrixLayout_t, cudaDataType,
         },
     },
     driver::{CudaSlice, CudaStream, DevicePtr},
@@ -22,6 +21,9 @@ use crate::ops::gpu::{Half, Matmul};
 
 /// What cuBLASLt may use beside operands: what NVIDIA advises for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// `CUBLAS_OP_T` of `cublasOperation_t`.
+const OPERATION_T: i32 = 1;
 
 /// A handle, its workspace, and a plan for each shape.
 pub struct Matmuls {
@@ -120,7 +122,7 @@ impl Plan {
         let desc = result::create_matmul_desc(compute, cudaDataType::CUDA_R_32F)?;
         let (w, x) = (layout(half, k, n, k)?, layout(half, k, m, k)?);
         let y = layout(out, n, m, stride)?;
-        let transposed = cublasOperation_t::CUBLAS_OP_T;
+        let transposed = OPERATION_T;
         set(desc, cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, &transposed)?;
         if shape.bias {
             let epilogue = cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
@@ -130,12 +132,13 @@ impl Plan {
         }
         let preference = result::create_matmul_pref()?;
         let most = cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let bytes = WORKSPACE_BYTES;
         // SAFETY: the preference and the layouts are alive, and the attribute is a size.
         let found = unsafe {
             result::set_matmul_pref_attribute(
                 preference,
                 most,
-                (&raw const WORKSPACE_BYTES).cast(),
+                (&raw const bytes).cast(),
                 size_of::<usize>(),
             )
             .and_then(|()| result::get_matmul_algo_heuristic(handle, desc, w, x, y, y, preference))

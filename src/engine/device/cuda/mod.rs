@@ -167,11 +167,9 @@ impl Cuda {
     }
 }
 
-/// A kernel's argument by value.
-struct ByValue(Args);
-
-// SAFETY: plain bytes, laid out as the kernel's struct; the driver copies as many as it takes.
-unsafe impl DeviceRepr for ByValue {}
+// SAFETY: it begins with plain bytes, laid out as the kernel's struct, of which the driver copies as many as
+// the kernel takes.
+unsafe impl DeviceRepr for Args {}
 
 impl Gpu for Cuda {
     fn allocate(&self, bytes: usize) -> Result<Buffer> {
@@ -217,9 +215,8 @@ impl Gpu for Cuda {
             block_dim: (launch.threads, 1, 1),
             shared_mem_bytes: launch.shared_bytes,
         };
-        let args = ByValue(launch.args);
         let mut builder = self.stream.launch_builder(&function);
-        builder.arg(&args);
+        builder.arg(&launch.args);
         // SAFETY: the op that planned the launch gave the kernel's own struct, with addresses of memory
         // that lives as long as the model.
         unsafe { builder.launch(config) }.map_err(failed).map(drop)
