@@ -83,7 +83,12 @@ pub fn load(files: &WeightFiles, choice: &GpuChoice) -> Result<(ModelConfig, Mod
         (WeightFiles::Gguf(_), true) => {
             bail!("load_format dummy needs a directory with a config.json, not a GGUF file")
         }
-        (_, false) => model::load_to(files, place)?,
+        (_, false) => {
+            let bar = bar("loading layers");
+            let loaded = model::load_to(files, place, &|done, all| tell(&bar, done, all));
+            bar.finish_and_clear();
+            loaded?
+        }
     };
     if matches!(files, WeightFiles::Gguf(_)) {
         tracing::info!(dtype = ?choice.dtype, "weights of the GGUF file are expanded on the GPU");
@@ -152,20 +157,28 @@ pub fn make(
     limits: RuntimeLimits,
     seats: usize,
 ) -> Result<GpuDevice, DeviceError> {
-    let bar = ProgressBar::new(0);
-    if let Ok(style) = ProgressStyle::with_template("capturing graphs {wide_bar} {pos}/{len}") {
-        bar.set_style(style);
-    }
-    let captured = |done: usize, all: usize| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    };
+    let bar = bar("capturing graphs");
+    let captured = |done, all| tell(&bar, done, all);
     let graphs = if choice.graphs { Graphs::All } else { Graphs::None };
     let spec = GpuSpec { limits, dtype: choice.dtype, seats, graphs };
     let (gpu, uuid) = (choice.open.gpu.clone(), Some(choice.open.facts.uuid.clone()));
     let made = GpuDevice::new(gpu, model.0, model.1, spec, uuid, &captured);
     bar.finish_and_clear();
     made.map_err(|error| DeviceError(error.to_string()))
+}
+
+/// On standard error, where that is a terminal.
+fn bar(what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new(0).with_message(what);
+    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn tell(bar: &ProgressBar, done: usize, all: usize) {
+    bar.set_length(all as u64);
+    bar.set_position(done as u64);
 }
 
 #[cfg(test)]

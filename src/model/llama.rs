@@ -31,6 +31,10 @@ pub struct RuntimeLimits {
 /// Elements of a GPU's arena that a logit takes: 16 bits against 32.
 const LOGIT_ELEMENTS: usize = 2;
 
+/// Views begin at multiples of so many elements: on a GPU 256 bytes, which is what cuBLASLt takes operands
+/// to be aligned to unless it is told otherwise.
+const VIEW_ELEMENTS: usize = 128;
+
 /// Where everything lies in the arena. `T` rows, unless said otherwise.
 struct Workspace {
     hidden: View,
@@ -363,8 +367,7 @@ fn lay_out(
     let mut used: usize = 0;
     let mut view = |rows: usize, cols: usize, elements: usize| {
         let view = View { offset: used, cols };
-        // Rows are loaded whole packs at a time.
-        used = (used + rows * cols * elements).next_multiple_of(PACK);
+        used = (used + rows * cols * elements).next_multiple_of(VIEW_ELEMENTS);
         view
     };
     let (tokens, picked) = (limits.step_tokens_max, limits.logits_rows_max);

@@ -47,26 +47,32 @@ impl GgufFile {
 
 /// Reads configuration and weights, for the CPU.
 pub fn load(files: &WeightFiles) -> Result<(ModelConfig, ModelWeights), ModelError> {
-    load_to(files, WeightPlace::Cpu)
+    load_to(files, WeightPlace::Cpu, &|_, _| {})
 }
 
-/// Reads configuration and weights to where they are used.
+/// Reads configuration and weights to where they are used. `loaded` hears of layers: how many are
+/// done, and of how many.
 pub fn load_to(
     files: &WeightFiles,
     place: WeightPlace<'_>,
+    loaded: &dyn Fn(usize, usize),
 ) -> Result<(ModelConfig, ModelWeights), ModelError> {
     match files {
         WeightFiles::Gguf(path) => {
             let file = GgufFile::open(path)?;
             let config = gguf_config(&file)?;
-            let weights = assemble(&config, &GgufSource { file: &file, config: &config }, place)?;
+            let source = GgufSource { file: &file, config: &config };
+            let weights = assemble_telling(&config, &source, place, loaded)?;
             Ok((config, weights))
         }
         WeightFiles::SafeTensors { config, shards } => {
             let io = |source| ModelError::Io { path: config.display().to_string(), source };
             let config = ModelConfig::from_hf_json(&std::fs::read_to_string(config).map_err(io)?)?;
             let shards = Shards::open(shards)?;
-            let weights = assemble(&config, &shards, place)?;
+            if matches!(place, WeightPlace::Gpu(..)) {
+                shards.read_ahead();
+            }
+            let weights = assemble_telling(&config, &shards, place, loaded)?;
             Ok((config, weights))
         }
     }
@@ -160,6 +166,15 @@ pub fn assemble(
     source: &dyn WeightSource,
     place: WeightPlace<'_>,
 ) -> Result<ModelWeights, ModelError> {
+    assemble_telling(config, source, place, &|_, _| {})
+}
+
+fn assemble_telling(
+    config: &ModelConfig,
+    source: &dyn WeightSource,
+    place: WeightPlace<'_>,
+    loaded: &dyn Fn(usize, usize),
+) -> Result<ModelWeights, ModelError> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
     let fused = |layer, parts: &[(Part, usize)], k| -> Result<Matrix, ModelError> {
@@ -199,6 +214,7 @@ pub fn assemble(
             down: fused(layer, &[(DOWN, hidden)], inner)?,
             down_bias: joined(layer, biases.mlp, &[(DOWN_BIAS, hidden)])?,
         });
+        loaded(index + 1, config.layers);
     }
     let embed = Arc::new(fused(None, &[(EMBED, config.vocab_size)], hidden)?);
     let lm_head = match config.tie_word_embeddings {

@@ -91,6 +91,11 @@ impl Shards {
         Ok(shards)
     }
 
+    /// Asks for the pages of all shards at once.
+    pub fn read_ahead(&self) {
+        self.files.iter().for_each(MappedFile::read_ahead);
+    }
+
     fn tensor(
         &self,
         layer: Option<usize>,

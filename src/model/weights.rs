@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, ops::Deref, path::Path};
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 
 /// The bytes of one weight file. Pages are read when they are touched.
 #[derive(Debug)]
@@ -15,6 +15,12 @@ impl MappedFile {
         // file while it is mapped can end this process; weight files are not edited in place.
         let map = unsafe { Mmap::map(&file)? };
         Ok(Self(map))
+    }
+
+    /// Asks for all of its pages, so that the disk is read while others are copied. That a system does
+    /// not take the advice costs time alone.
+    pub fn read_ahead(&self) {
+        let _ = self.0.advise(Advice::WillNeed);
     }
 }
 

@@ -162,7 +162,7 @@ fn real_weights_answer_as_on_the_cpu() {
     let on_gpu = || {
         let gpu = Arc::new(EmulatedGpu::new(2, 0));
         let place = WeightPlace::Gpu(&*gpu, Half::F16);
-        let (config, weights) = load_to(&files, place).map_err(refused)?;
+        let (config, weights) = load_to(&files, place, &|_, _| {}).map_err(refused)?;
         let spec =
             GpuSpec { limits: runtime_limits(), dtype: Half::F16, seats: 1, graphs: Graphs::All };
         GpuDevice::new(gpu, config, weights, spec, None, &|_, _| {}).map_err(refused)
@@ -258,4 +258,44 @@ fn graphs_and_depth_change_no_token() {
         (equal, all) = (equal + same.count(), all + ours.len());
     }
     assert!(equal * 10 >= all * 9, "{equal} of {all} tokens are those of the CPU");
+}
+
+/// A fault that the driver tells when a step is waited for: whoever runs hears of it, and nobody else is
+/// let in.
+#[test]
+fn a_lost_device_ends_what_runs() {
+    let tokenizer = real_tokenizer();
+    let gpu = Arc::new(EmulatedGpu::new(0, 0));
+    gpu.steps_left.store(3, std::sync::atomic::Ordering::Relaxed);
+    let source = forward::Random { seed: 8, dtype: Half::F16 };
+    let weights = assemble(&tiny(), &source, WeightPlace::Gpu(&*gpu, Half::F16)).expect("fits");
+    let limits = runtime_limits();
+    let spec = GpuSpec { limits, dtype: Half::F16, seats: SEATS, graphs: Graphs::None };
+    let device = GpuDevice::new(gpu, tiny(), weights, spec, None, &|_, _| {}).expect("fits");
+    let engine = EngineWithoutThread::new(options(2), tokenizer, Clock::system(), device);
+    let mut engine = engine.expect("starts");
+    let asked = || request(vec![1, 2, 3], 20, SamplingParams::default());
+    let submit =
+        |engine: &EngineWithoutThread<GpuDevice>| engine.handle.submit(asked(), Lease::unlimited());
+    let mut stream = submit(&engine).expect("submitted");
+    let lost = loop {
+        match engine.turn() {
+            Ok(more) => assert!(more, "the request ended before the device did"),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(lost.contains("illegal memory access"), "{lost}");
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let told = runtime.block_on(async {
+        loop {
+            match stream.next().await.expect("an event") {
+                StreamEvent::Error(error) => break error.to_string(),
+                StreamEvent::Done(..) => panic!("the request ended as if nothing had happened"),
+                _ => {}
+            }
+        }
+    });
+    assert!(!told.is_empty());
+    assert!(!engine.handle.is_alive());
+    assert!(submit(&engine).is_err(), "nobody else is let in");
 }

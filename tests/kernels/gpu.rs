@@ -4,7 +4,10 @@
 use std::{
     collections::HashMap,
     ffi::{CString, c_char, c_void},
-    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use candela::ops::{
@@ -51,20 +54,23 @@ pub struct EmulatedGpu {
     pub multiprocessors: usize,
     /// Products of so few rows run our own kernel, which takes long here.
     pub gemv_rows_max: usize,
+    /// Steps after which the device is lost.
+    pub steps_left: AtomicU32,
 }
 
 impl EmulatedGpu {
     pub fn new(multiprocessors: usize, gemv_rows_max: usize) -> Self {
-        Self { captured: Mutex::default(), multiprocessors, gemv_rows_max }
+        let steps_left = AtomicU32::new(u32::MAX);
+        Self { captured: Mutex::default(), multiprocessors, gemv_rows_max, steps_left }
     }
 }
 
 /// A step that ended at once.
-struct Ended(Vec<u8>);
+struct Ended(std::result::Result<Vec<u8>, String>);
 
 impl Pending for Ended {
     fn wait(self: Box<Self>) -> Result<(Vec<u8>, u64)> {
-        Ok((self.0, 1_000))
+        Ok((self.0.map_err(candle_core::Error::Msg)?, 1_000))
     }
 }
 
@@ -152,7 +158,11 @@ impl Gpu for EmulatedGpu {
     }
 
     fn end(&self, from: u64, bytes: usize) -> Result<Box<dyn Pending>> {
-        Ok(Box::new(Ended(read(from, bytes))))
+        let results = match self.steps_left.fetch_sub(1, Ordering::Relaxed) {
+            0 => Err("an illegal memory access was encountered".into()),
+            _ => Ok(read(from, bytes)),
+        };
+        Ok(Box::new(Ended(results)))
     }
 
     fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Graph>> {
