@@ -219,7 +219,11 @@ async fn errors(server: &Server) {
         body[key] = value;
         body
     };
+    let biases: serde_json::Map<String, Value> =
+        (0..1025).map(|token| (token.to_string(), json!(1))).collect();
     for (key, value) in [
+        ("logit_bias", Value::Object(biases)),
+        ("logit_bias", json!({"1": 101})),
         ("temperature", json!(3)),
         ("temperature", json!("hot")),
         ("n", json!(0)),

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use crate::{
     engine::{ENOUGH_TOKENS, StopParams},
     price::usd,
-    sampling::SamplingParams,
+    sampling::{LOGIT_BIAS_MAX, SamplingParams},
     text::{ChatMessage, Tokenizer},
     types::NanoUsd,
 };
@@ -211,8 +211,15 @@ impl Body {
     fn logit_bias(&self, vocab: usize) -> Result<Vec<(u32, f32)>> {
         let expected = || wrong("logit_bias", "an object of token ids to numbers from -100 to 100");
         let Some(value) = self.get("logit_bias") else { return Ok(Vec::new()) };
-        let entries = value.as_object().ok_or_else(expected)?.iter();
+        let entries = value.as_object().ok_or_else(expected)?;
+        if entries.len() > LOGIT_BIAS_MAX {
+            return Err(wrong(
+                "logit_bias",
+                &format!("an object of up to {LOGIT_BIAS_MAX} tokens"),
+            ));
+        }
         entries
+            .iter()
             .map(|(id, bias)| {
                 let id = id.parse::<u32>().ok().filter(|id| (*id as usize) < vocab);
                 let bias = bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));

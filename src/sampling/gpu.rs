@@ -3,7 +3,7 @@
 
 use candle_core::{Result, bail};
 
-use super::{SamplingParams, TokenLogprobs, sampler::key_of};
+use super::{LOGIT_BIAS_MAX, SamplingParams, TokenLogprobs, sampler::key_of};
 use crate::{
     ops::{
         Inbox, Packet,
@@ -18,8 +18,6 @@ pub const PAD: u32 = u32::MAX;
 const TOKEN_FROM_DEVICE: u32 = u32::MAX;
 /// Alternatives that are reported, at most.
 pub const TOP_MAX: usize = 20;
-/// Entries of a seat's logit bias, at most.
-pub const LOGIT_BIAS_MAX: usize = 1024;
 /// Threads of the kernels, and tokens of a thread.
 const SCAN_THREADS: u32 = 128;
 const SCAN_TOKENS: usize = 16;

@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use crate::types::TokenId;
 
+/// Tokens that one request may have a bias for: each seat of a GPU keeps as many.
+pub const LOGIT_BIAS_MAX: usize = 1024;
+
 /// Validated sampling parameters of one request. `Default` is plain sampling at temperature 1.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
@@ -21,7 +24,7 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Divides positive and multiplies negative logits of tokens in prompt or output; 1 is off.
     pub repetition_penalty: f32,
-    /// Added to the logits of single tokens.
+    /// Added to the logits of single tokens, up to [`LOGIT_BIAS_MAX`] of them.
     pub logit_bias: Arc<[(TokenId, f32)]>,
     /// The generator's key, with the choice index; drawn at random by the caller if not given.
     pub seed: u64,

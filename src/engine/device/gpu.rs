@@ -20,11 +20,6 @@ use crate::{
 
 use super::{Device, DeviceError, DeviceOutcome, DeviceStep};
 
-/// Blocks that are copied in one step, at most.
-const BLOCK_COPIES_MAX: usize = 256;
-/// Tokens that a draw may not give, at most: a model's end tokens.
-const BANNED_MAX: usize = 64;
-
 /// What a GPU's device is built with.
 #[derive(Clone, Copy, Debug)]
 pub struct GpuSpec {
@@ -83,6 +78,8 @@ impl GpuDevice {
         let GpuSpec { limits, dtype, seats, graphs } = spec;
         let step = StepBuffers::new(&*gpu, step_limits(&limits, seats))?;
         let ModelConfig { heads, kv_heads, head_dim, vocab_size, .. } = config;
+        // What is barred are end tokens, before a request's least output.
+        let banned = config.eos_token_ids.len();
         let splits = Splits::new(&*gpu, seats, kv_heads, heads, head_dim)?;
         let place = GpuPlace { gpu: gpu.clone(), dtype, step: step.clone(), splits };
         let model = Llama::on_gpu(config, weights, limits, place)?;
@@ -91,7 +88,7 @@ impl GpuDevice {
             samples: seats,
             scores: limits.logits_rows_max,
             context_tokens: limits.context_tokens_max,
-            banned: BANNED_MAX,
+            banned,
         };
         let sampler =
             GpuSampler::new(&*gpu, sample_limits, vocab_size, model.gpu_logits()?, step.sampled)?;
@@ -280,7 +277,8 @@ fn step_limits(limits: &RuntimeLimits, seats: usize) -> StepLimits {
         seqs: seats,
         logits_rows: limits.logits_rows_max,
         blocks_per_seq: limits.context_tokens_max.div_ceil(KV_BLOCK_TOKENS),
-        block_copies: BLOCK_COPIES_MAX,
+        // A choice that is forked off has one of its own.
+        block_copies: seats,
         slots: seats,
     }
 }
