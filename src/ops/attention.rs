@@ -6,16 +6,16 @@
 //! with the arithmetic it would have alone, so a row's result does not depend on chunking, batch,
 //! threads or instruction set.
 
+mod gpu;
+
 use candle_core::{CpuStorage, CudaStorage, InplaceOp2, Layout, Result, bail};
 use half::f16;
 
 use super::{
     CpuPool, Place, StepInputs, View,
     arena::{Shared, exp, f32_mut, lane_max, lane_sum},
-    gpu::{Args, Half, Launch, Work},
     kv_cache::{KV_BLOCK_TOKENS, KvElement, KvShape},
     lanes::{Element, LANES, Lanes, for_isa},
-    place::GpuPlace,
     region::{self, GpuOp2},
     simd::{self, Isa},
 };
@@ -28,13 +28,6 @@ const BLOCK_QUERIES: usize = 4;
 const CHUNK_BLOCKS: usize = 4;
 const CHUNK_TOKENS: usize = CHUNK_BLOCKS * KV_BLOCK_TOKENS;
 const _: () = assert!(KV_BLOCK_TOKENS == LANES);
-/// Of the GPU's kernels: threads of a block, heads of a group that decode takes, and queries of a tile
-/// of prefill with the rows of KV beside them in shared memory.
-const GPU_THREADS: u32 = 128;
-const DECODE_GROUP_MAX: usize = 8;
-const PREFILL_QUERIES: usize = 128;
-const PREFILL_KV_ROWS: usize = 192;
-
 /// Rows of one sequence that are computed together.
 struct RowTile {
     seq: usize,
@@ -119,139 +112,7 @@ impl InplaceOp2 for Attention<'_> {
     }
 }
 
-impl GpuOp2 for Attention<'_> {
-    fn gpu_fwd(&self, arena: u64, cache: u64) -> Result<()> {
-        let (place, group) = (self.place.gpu()?, self.heads / self.shape.kv_heads);
-        // Decodes come first, and their long sequences are divided; the chunks behind them are not.
-        let single = |bounds: &[u32]| bounds[1] - bounds[0] == 1;
-        let decodes = self.inputs.cu_seqlens_q.windows(2).take_while(|bounds| single(bounds));
-        let decodes = if group <= DECODE_GROUP_MAX { decodes.count() } else { 0 };
-        if decodes > 0 {
-            self.decode(place, arena, cache, decodes)?;
-        }
-        if decodes < self.inputs.seqs() {
-            self.prefill(place, arena, cache, decodes)?;
-        }
-        Ok(())
-    }
-}
-
 impl Attention<'_> {
-    /// The first `rows` sequences, of one query each, in splits over their KV.
-    fn decode(&self, place: &GpuPlace, arena: u64, cache: u64, rows: usize) -> Result<()> {
-        let (shape, dim) = (self.shape, self.shape.head_dim);
-        let (kernel, combine) = match (place.dtype, dim) {
-            (Half::Bf16, 64) => ("attention_decode_bf16_64", "attention_combine_bf16_64"),
-            (Half::Bf16, 128) => ("attention_decode_bf16_128", "attention_combine_bf16_128"),
-            (Half::F16, 64) => ("attention_decode_f16_64", "attention_combine_f16_64"),
-            (Half::F16, 128) => ("attention_decode_f16_128", "attention_combine_f16_128"),
-            (_, dim) => bail!("no attention kernel for heads of {dim}"),
-        };
-        let splits = &place.splits;
-        let (count, window) = (splits.count(rows * shape.kv_heads), self.window.unwrap_or(0));
-        let scale = 1.0 / (dim as f32).sqrt();
-        place.gpu.launch(&Launch {
-            kernel,
-            grid: [shape.kv_heads as u32, rows as u32, count as u32],
-            threads: GPU_THREADS,
-            shared_bytes: 0,
-            args: Args::default()
-                .address(self.qkv.address(arena))
-                .address(shape.layer_address(cache, self.layer))
-                .address(place.step.seq_lens)
-                .address(place.step.block_tables)
-                .address(self.y.address(arena))
-                .address(splits.partial())
-                .address(splits.stats())
-                .u32(self.qkv.cols)
-                .u32(place.step.stride)
-                .u32(shape.kv_heads)
-                .u32(self.heads / shape.kv_heads)
-                .u32(splits.chunk_blocks())
-                .u32(window)
-                .f32(scale),
-            work: self.work(0..rows),
-        })?;
-        if count == 1 {
-            return Ok(());
-        }
-        place.gpu.launch(&Launch {
-            kernel: combine,
-            grid: [self.heads as u32, rows as u32, 1],
-            threads: GPU_THREADS,
-            shared_bytes: 0,
-            args: Args::default()
-                .address(splits.partial())
-                .address(splits.stats())
-                .address(place.step.seq_lens)
-                .address(self.y.address(arena))
-                .u32(count)
-                .u32(splits.chunk_blocks())
-                .u32(window)
-                .f32(scale),
-            // Of the algorithm, not of attention: nothing of it is in the floor.
-            work: Work::default(),
-        })
-    }
-
-    /// Chunks of any length: the sequences from `first` on.
-    fn prefill(&self, place: &GpuPlace, arena: u64, cache: u64, first: usize) -> Result<()> {
-        let (shape, dim) = (self.shape, self.shape.head_dim);
-        let kernel = match (place.dtype, dim) {
-            (Half::Bf16, 64) => "attention_prefill_bf16_64",
-            (Half::Bf16, 128) => "attention_prefill_bf16_128",
-            (Half::F16, 64) => "attention_prefill_f16_64",
-            (Half::F16, 128) => "attention_prefill_f16_128",
-            (_, dim) => bail!("no attention kernel for heads of {dim}"),
-        };
-        let (group, seqs) = (self.heads / shape.kv_heads, self.inputs.seqs() - first);
-        let rows = self.inputs.tokens() - self.inputs.cu_seqlens_q[first] as usize;
-        let tiles = rows * group / PREFILL_QUERIES + seqs;
-        let (step, word) = (&place.step, first as u64 * 4);
-        place.gpu.launch(&Launch {
-            kernel,
-            grid: [shape.kv_heads as u32, tiles as u32, 1],
-            threads: GPU_THREADS,
-            shared_bytes: ((PREFILL_QUERIES + PREFILL_KV_ROWS) * dim * Half::BYTES) as u32,
-            args: Args::default()
-                .address(self.qkv.address(arena))
-                .address(shape.layer_address(cache, self.layer))
-                .address(step.cu_seqlens_q + word)
-                .address(step.seq_lens + word)
-                .address(step.block_tables + word * step.stride as u64)
-                .address(self.y.address(arena))
-                .u32(seqs)
-                .u32(self.qkv.cols)
-                .u32(place.step.stride)
-                .u32(shape.kv_heads)
-                .u32(group)
-                .u32(self.window.unwrap_or(0))
-                .f32(1.0 / (dim as f32).sqrt()),
-            work: self.work(first..self.inputs.seqs()),
-        })
-    }
-
-    /// Of each sequence, the KV that its rows see is read once, q read and y written; two products.
-    fn work(&self, seqs: std::ops::Range<usize>) -> Work {
-        let (inputs, shape) = (self.inputs, self.shape);
-        let (mut tokens, mut pairs) = (0, 0);
-        for seq in seqs.clone() {
-            let len = inputs.seq_lens[seq] as usize;
-            // A row of padding sees nothing.
-            let rows = (inputs.cu_seqlens_q[seq + 1] - inputs.cu_seqlens_q[seq]) as usize;
-            let rows = rows.min(len);
-            let sees = |end: usize| self.window.map_or(end, |window| end.min(window));
-            tokens += sees(len).saturating_add(rows.saturating_sub(1)).min(len);
-            pairs += (len - rows + 1..=len).map(sees).sum::<usize>();
-        }
-        let bounds = &inputs.cu_seqlens_q;
-        let rows = (bounds[seqs.end] - bounds[seqs.start]) as usize;
-        let rows = 2 * rows * self.heads * shape.head_dim;
-        let kv = tokens * 2 * shape.kv_heads * shape.head_dim;
-        let flops = 4 * pairs as u64 * (self.heads * shape.head_dim) as u64;
-        Work { flops, ..Work::elements(rows + kv) }
-    }
-
     fn run<E: KvElement>(&self, isa: Isa, pool: &CpuPool, arena: &Shared<f32>, cache: &[E]) {
         let (kv_heads, dim, inputs) = (self.shape.kv_heads, self.shape.head_dim, self.inputs);
         let group = self.heads / kv_heads;

@@ -1,31 +1,31 @@
 //! Draws tokens on a GPU, as [`Sampler`](super::Sampler) does on the CPU: logits stay there, and ids and
 //! log-probabilities come back.
 
+mod score;
+mod seat;
+
 use candle_core::{Result, bail};
 
-use super::{LOGIT_BIAS_MAX, SamplingParams, TokenLogprobs, sampler::key_of};
+use super::{LOGIT_BIAS_MAX, TokenLogprobs};
 use crate::{
     ops::{
-        Inbox, Packet,
+        Packet,
         gpu::{Args, Buffer, Gpu, Launch, Work},
     },
     types::TokenId,
 };
+pub use score::{Wanted, WantedToken};
+pub use seat::Begin;
+use seat::{BEGINS_MAX, SEAT_WORDS};
 
 /// A slot, or a row, that is not one.
 pub const PAD: u32 = u32::MAX;
-/// A token that was only just drawn: the last one of its slot.
-const TOKEN_FROM_DEVICE: u32 = u32::MAX;
 /// Alternatives that are reported, at most.
 pub const TOP_MAX: usize = 20;
 /// Threads of the kernels, and tokens of a thread.
 const SCAN_THREADS: u32 = 128;
 const SCAN_TOKENS: usize = 16;
 const SAMPLE_THREADS: u32 = 1024;
-/// Sequences that take seats in one launch.
-const BEGINS_MAX: usize = 8;
-/// Words of a seat's parameters: as `Seat` of `kernels/sample.cuh` has them.
-const SEAT_WORDS: usize = 12;
 
 /// How much a sampler is asked for at once.
 #[derive(Clone, Copy, Debug)]
@@ -41,39 +41,12 @@ pub struct SampleLimits {
     pub banned: usize,
 }
 
-/// A sequence takes a seat.
-pub struct Begin<'a> {
-    pub slot: u32,
-    pub params: &'a SamplingParams,
-    pub choice: u32,
-    pub prompt: &'a [TokenId],
-    pub output: &'a [TokenId],
-}
-
 /// A draw, or none where `slot` is [`PAD`].
 pub struct Draw<'a> {
     pub logits_row: u32,
     pub slot: u32,
     pub position: u32,
     pub banned: &'a [TokenId],
-}
-
-/// The log-probability of a token is wanted, with `top` alternatives.
-#[derive(Clone, Copy, Debug)]
-pub struct Wanted {
-    pub logits_row: u32,
-    pub of: WantedToken,
-    pub top: u32,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub enum WantedToken {
-    /// What a draw of this step gives.
-    Drawn {
-        draw: usize,
-        slot: u32,
-    },
-    Given(TokenId),
 }
 
 /// Seats on a GPU, with room for what is drawn.
@@ -170,73 +143,6 @@ impl GpuSampler {
         begins.max(draws)
     }
 
-    /// Sequences take their seats.
-    pub fn seat(&self, gpu: &dyn Gpu, inbox: &Inbox, begins: &[Begin<'_>]) -> Result<()> {
-        let (mut packet, mut begins) = (Packet::default(), begins);
-        while !begins.is_empty() {
-            let mut tokens = 0;
-            let fits = begins.iter().take(BEGINS_MAX).take_while(|begin| {
-                tokens += kept(begin).0.len() + kept(begin).1.len();
-                tokens <= self.limits.context_tokens
-            });
-            let (some, rest) = begins.split_at(fits.count());
-            if some.is_empty() {
-                bail!("a sequence of {tokens} tokens is longer than the context");
-            }
-            packet.clear();
-            self.pack_begins(some, &mut packet)?;
-            packet.send(gpu, inbox)?;
-            self.begin(gpu, some.len())?;
-            begins = rest;
-        }
-        Ok(())
-    }
-
-    fn pack_begins(&self, begins: &[Begin<'_>], packet: &mut Packet) -> Result<()> {
-        let at = &self.memory;
-        for begin in begins {
-            let bias = sorted_bias(begin.params);
-            if bias.len() > LOGIT_BIAS_MAX {
-                bail!("a logit bias of {} tokens; {LOGIT_BIAS_MAX} are possible", bias.len());
-            }
-            let first = (begin.slot as usize * LOGIT_BIAS_MAX * 4) as u64;
-            let tokens = bias.iter().map(|(token, _)| *token);
-            packet.words(at.bias_tokens.address + first, tokens);
-            let values = bias.iter().map(|(_, value)| value.to_bits());
-            packet.words(at.bias_values.address + first, values);
-        }
-        packet.words(at.begins.address, begins.iter().map(|begin| begin.slot));
-        packet.words(at.params.address, begins.iter().flat_map(seat_words));
-        let prompts = || begins.iter().map(|begin| kept(begin).0);
-        packet.words(at.prompt_offsets.address, offsets(prompts()));
-        packet.words(at.prompt.address, prompts().flatten().copied());
-        let outputs = || begins.iter().map(|begin| kept(begin).1);
-        packet.words(at.output_offsets.address, offsets(outputs()));
-        packet.words(at.output.address, outputs().flatten().copied());
-        Ok(())
-    }
-
-    fn begin(&self, gpu: &dyn Gpu, begins: usize) -> Result<()> {
-        let at = &self.memory;
-        gpu.launch(&Launch {
-            kernel: "sample_begin",
-            grid: [begins as u32, 1, 1],
-            threads: SAMPLE_THREADS,
-            shared_bytes: 0,
-            args: Args::default()
-                .address(at.begins.address)
-                .address(at.params.address)
-                .address(at.prompt_offsets.address)
-                .address(at.prompt.address)
-                .address(at.output_offsets.address)
-                .address(at.output.address)
-                .address(at.seats.address)
-                .address(at.seen.address)
-                .u32(self.vocab),
-            work: Work::default(),
-        })
-    }
-
     /// Tells the GPU what is to be drawn; [`GpuSampler::draw`] draws it.
     pub fn pack_draws(&self, draws: &[Draw<'_>], packet: &mut Packet) -> Result<()> {
         let (at, limits) = (&self.memory, &self.limits);
@@ -297,74 +203,6 @@ impl GpuSampler {
                 .u32(parts),
             work: Work::default(),
         })
-    }
-
-    /// Tells the GPU which log-probabilities are wanted; [`GpuSampler::score`] finds them.
-    pub fn pack_wanted(&self, wanted: &[Wanted], packet: &mut Packet) -> Result<()> {
-        let at = &self.memory;
-        if wanted.len() > self.limits.wanted() {
-            bail!("{} log-probabilities in one step", wanted.len());
-        }
-        packet.words(at.wanted_rows.address, wanted.iter().map(|one| one.logits_row));
-        let split = |one: &Wanted| match one.of {
-            WantedToken::Drawn { slot, .. } => (TOKEN_FROM_DEVICE, slot),
-            WantedToken::Given(token) => (token, PAD),
-        };
-        packet.words(at.wanted_slots.address, wanted.iter().map(|one| split(one).1));
-        let tops = wanted.iter().map(|one| one.top.min(TOP_MAX as u32));
-        packet.words(at.wanted_tops.address, tops);
-        packet.words(at.wanted_tokens.address, wanted.iter().map(|one| split(one).0));
-        Ok(())
-    }
-
-    /// Finds the log-probabilities of `count` tokens, after the draws.
-    pub fn score(&self, gpu: &dyn Gpu, count: usize) -> Result<()> {
-        let (at, parts) = (&self.memory, parts(self.vocab));
-        gpu.launch(&Launch {
-            kernel: "logprobs_scan",
-            grid: [parts as u32, count as u32, 1],
-            threads: SCAN_THREADS,
-            shared_bytes: 0,
-            args: Args::default()
-                .address(self.logits)
-                .address(at.wanted_rows.address)
-                .address(at.wanted_tops.address)
-                .address(at.largest.address)
-                .address(at.sums.address)
-                .address(at.picks.address)
-                .u32(self.vocab)
-                .u32(self.stride),
-            work: Work { bytes: (count * self.vocab * 4) as u64, flops: 0 },
-        })?;
-        gpu.launch(&Launch {
-            kernel: "logprobs",
-            grid: [count as u32, 1, 1],
-            threads: SCAN_THREADS,
-            shared_bytes: 0,
-            args: Args::default()
-                .address(self.logits)
-                .address(at.wanted_rows.address)
-                .address(at.wanted_tops.address)
-                .address(at.largest.address)
-                .address(at.sums.address)
-                .address(at.picks.address)
-                .address(at.wanted_tokens.address)
-                .address(at.wanted_slots.address)
-                .address(self.sampled)
-                .address(self.place(0))
-                .address(self.place(1))
-                .address(self.place(1 + TOP_MAX))
-                .u32(self.vocab)
-                .u32(self.stride)
-                .u32(parts),
-            work: Work::default(),
-        })
-    }
-
-    /// Where `words` of each wanted token lie before, behind the drawn tokens.
-    fn place(&self, words: usize) -> u64 {
-        let before = self.limits.samples + words * self.limits.wanted();
-        self.memory.results.address + (before * 4) as u64
     }
 
     /// Where results are, and how many bytes of them there are.
@@ -428,39 +266,4 @@ fn offsets<'a>(lists: impl Iterator<Item = &'a [TokenId]>) -> impl Iterator<Item
         end += list.len() as u32;
         end
     }))
-}
-
-/// Prompt and output, as far as penalties look at them.
-fn kept<'a>(begin: &Begin<'a>) -> (&'a [TokenId], &'a [TokenId]) {
-    let params = begin.params;
-    let repeats = params.repetition_penalty != 1.0;
-    let counts = repeats || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
-    (if repeats { begin.prompt } else { &[] }, if counts { begin.output } else { &[] })
-}
-
-/// By token; what one token has several entries for keeps their order.
-fn sorted_bias(params: &SamplingParams) -> Vec<(TokenId, f32)> {
-    let mut bias = params.logit_bias.to_vec();
-    bias.sort_by_key(|(token, _)| *token);
-    bias
-}
-
-fn seat_words(begin: &Begin<'_>) -> [u32; SEAT_WORDS] {
-    let params = begin.params;
-    let key = key_of(params.seed, begin.choice);
-    let min_p_ln = if params.min_p > 0.0 { params.min_p.ln() } else { f32::NEG_INFINITY };
-    [
-        params.temperature.to_bits(),
-        params.top_p.to_bits(),
-        min_p_ln.to_bits(),
-        params.presence_penalty.to_bits(),
-        params.frequency_penalty.to_bits(),
-        params.repetition_penalty.to_bits(),
-        params.top_k,
-        key[0],
-        key[1],
-        begin.slot * LOGIT_BIAS_MAX as u32,
-        params.logit_bias.len() as u32,
-        0,
-    ]
 }
