@@ -47,6 +47,13 @@ fn help_and_version() {
     check(&["sreve"], 2, &["serve"]);
     check(&["serve", "--prot", "1"], 2, &["--port"]);
     check(&["serve", "--port", "x"], 2, &["--port"]);
+    check(
+        &["serve", "--port", "0", "--device", "cuda:0"],
+        1,
+        &["built without CUDA", "--features"],
+    );
+    let dummy = ["serve", "--port", "0", "--device", "cpu", "--load-format", "dummy"];
+    check(&dummy, 1, &["load_format dummy", "--device cuda:N"]);
 }
 
 #[test]
@@ -97,6 +104,8 @@ fn doctor_on_a_sound_machine_and_on_broken_ones() {
     check(&["--port", "0", "--pip", "no-such-pip"], 1, &["BROKEN", "correct --pip"]);
     check(&["--port", "0", "--manifests-dir", "absent"], 1, &["BROKEN", "absent"]);
     check(&["--config", "absent.toml"], 1, &["BROKEN", "absent.toml"]);
+    let without = ["BROKEN", "built without CUDA", "--features cuda", "--device cpu"];
+    check(&["--port", "0", "--device", "cuda:0"], 1, &without);
     let below = below_a_file.to_str().unwrap();
     check(&["--port", "0", "--model-dir", below], 1, &["BROKEN", "cannot be written"]);
 }

@@ -86,7 +86,7 @@ fn a_mistake_in_the_file_names_line_and_key() {
     refuses("model = \"m\"\nport = \"x\"", &[], &["line 2", "`port`"]);
     refuses("port = 70000", &[], &["line 1", "`port`"]);
     refuses("port = -1", &[], &["line 1", "`port`"]);
-    refuses("device = \"cuda:0\"", &[], &["line 1", "`device`", "no CUDA"]);
+    refuses("device = \"cuda:x\"", &[], &["line 1", "`device`", "cuda:N"]);
     refuses("kv_cache_memory = \"4 apples\"", &[], &["line 1", "`kv_cache_memory`", "4GiB"]);
     refuses("kv_cache_memory = -4", &[], &["line 1", "`kv_cache_memory`"]);
     refuses("offline = 1", &[], &["line 1", "`offline`"]);
@@ -128,7 +128,15 @@ fn values_out_of_range_are_refused() {
     assert_eq!(kept.map(|kept| kept.as_secs()), Some(35 * 86_400));
     assert_eq!(load("", &[]).unwrap().retention, None, "for ever");
     refuses("", &["--model", " "], &["model", "empty"]);
-    refuses("", &["--device", "cuda:1"], &["no CUDA"]);
+    for device in ["gpu", "cuda:", "cuda:-1", "cpu:0", "CUDA:0"] {
+        refuses("", &["--device", device], &[device, "auto, cpu, cuda or cuda:N"]);
+    }
+    for share in ["0", "1.1", "-0.5", "nan", "all"] {
+        let flag = format!("--gpu-memory-utilization={share}");
+        refuses("", &[&flag], &["gpu"]);
+    }
+    refuses("", &["--dtype", "fp8"], &["bf16 or f16"]);
+    refuses("", &["--load-format", "random"], &["auto or dummy"]);
     refuses("", &["--api-key", "short"], &["api_key"]);
     refuses("kv_cache_dtype = \"bf16\"", &[], &["line 1", "`bf16` is not f16 or f32"]);
     refuses("isa_max = \"avx\"", &[], &["line 1", "`avx` is not portable, avx2 or avx512"]);

@@ -120,11 +120,12 @@ struct Loaded {
 }
 
 fn load(config: &Config, clock: Clock) -> anyhow::Result<Loaded> {
+    // Before a model is fetched, which may take long.
+    let gpu = on_gpu::choose(config)?.map(Arc::new);
     let registry = Registry::new(pull::registry_options(&config.sources))?;
     let wanted = config.model.as_deref().unwrap_or(DEFAULT_MODEL);
     let resolved = registry.resolve(wanted, &BarProgress::default())?;
     let id = ModelId::new(config.served_model_name.as_deref().unwrap_or(&resolved.id));
-    let gpu = on_gpu::choose(config)?.map(Arc::new);
     let (step_tokens_max, running_seqs_max) = config.batch.on(gpu.is_some());
     if step_tokens_max < running_seqs_max {
         anyhow::bail!(
