@@ -11,7 +11,7 @@ use crate::ops::{
     Attention, AttentionTiles, BlockCopy, CpuPool, Embed, GatherRows, GpuPlace, KvDtype, KvShape,
     KvWrite, Linear, Matrix, Place, Region, RmsNorm, Rope, SiluMul, StepInputs, Vector, View,
     WeightPlace, arena,
-    gpu::{Half, PACK},
+    gpu::PACK,
     region::{self, GpuOp1},
 };
 
@@ -140,13 +140,9 @@ impl Llama {
         kv_shape(config, 1).elements() * DType::from(dtype).size_in_bytes()
     }
 
-    /// Bytes of the activation arena, on the CPU and on a GPU.
+    /// Bytes of the activation arena on the CPU.
     pub fn workspace_bytes(config: &ModelConfig, limits: &RuntimeLimits) -> usize {
         lay_out(config, limits, 1).1 * size_of::<f32>()
-    }
-
-    pub fn gpu_workspace_bytes(config: &ModelConfig, limits: &RuntimeLimits) -> usize {
-        lay_out(config, limits, LOGIT_ELEMENTS).1 * Half::BYTES
     }
 
     /// Runs a step, whose metadata a GPU has in its buffers already. Logits of `inputs.sample_rows`
@@ -158,13 +154,13 @@ impl Llama {
         {
             candle_core::bail!("a step of {rows} rows is larger than the workspace");
         }
-        if rows == 0 {
-            return Ok(());
-        }
         let (views, place) = (&self.views, &self.place);
         if !inputs.block_copies.is_empty() {
             let copy = BlockCopy { shape: self.kv_shape, copies: &inputs.block_copies, place };
             self.kv.apply(&copy)?;
+        }
+        if rows == 0 {
+            return Ok(());
         }
         let tiles = AttentionTiles::new(inputs, self.config.heads / self.config.kv_heads);
         let table = &self.weights.embed;

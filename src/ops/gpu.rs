@@ -19,17 +19,12 @@ const ARGS_BYTES_MAX: usize = 192;
 pub struct Buffer {
     pub address: u64,
     pub bytes: usize,
-    owner: Arc<dyn Any + Send + Sync>,
+    _owner: Arc<dyn Any + Send + Sync>,
 }
 
 impl Buffer {
     pub fn new(address: u64, bytes: usize, owner: Arc<dyn Any + Send + Sync>) -> Self {
-        Self { address, bytes, owner }
-    }
-
-    /// What the memory belongs to.
-    pub fn owner(&self) -> &(dyn Any + Send + Sync) {
-        &*self.owner
+        Self { address, bytes, _owner: owner }
     }
 }
 
@@ -208,7 +203,7 @@ pub trait Graph {
 /// addresses, so that a captured step reads what the next one wrote.
 #[derive(Clone)]
 pub struct StepBuffers {
-    memory: Buffer,
+    _memory: Buffer,
     limits: StepLimits,
     /// Blocks in a row of `block_tables`.
     pub stride: usize,
@@ -258,7 +253,7 @@ impl StepBuffers {
         let memory = gpu.allocate(bytes)?;
         let base = memory.address;
         Ok(Self {
-            memory,
+            _memory: memory,
             limits,
             stride: limits.blocks_per_seq,
             token_ids: base + token_ids,
@@ -272,10 +267,6 @@ impl StepBuffers {
             block_copies: base + block_copies,
             sampled: base + sampled,
         })
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.memory.bytes
     }
 
     /// Words of the largest step's metadata.
