@@ -3,10 +3,15 @@
 import datetime
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
 PASSED, FAILED, UNFINISHED = 0, 1, 2
+
+
+class OutOfTime(Exception):
+    """A process did not end before the stage's time did; its case has no result."""
 
 
 class Results:
@@ -26,6 +31,8 @@ class Results:
         kept = [case for case in self.content["cases"] if case["build"] == build]
         self.content["cases"] = [case for case in kept if case["ok"] or not options.again]
         self.wanted = []
+        # Results of this run.
+        self.fresh = 0
 
     def has(self, case):
         return any(found["case"] == case for found in self.content["cases"])
@@ -49,12 +56,22 @@ class Results:
         """`found`: `error` if it failed, and what was measured."""
         entry = {"case": case, "ok": ok, "seconds": round(seconds, 2), "build": self.build}
         self.content["cases"].append(entry | found)
+        self.fresh += 1
         whole = json.dumps(self.content, indent=1) + "\n"
         beside = self.path.with_suffix(".tmp")
         beside.write_text(whole)
         os.replace(beside, self.path)
         rest = " ".join(f"{name}={short(value)}" for name, value in found.items())
         print(f"{'ok    ' if ok else 'FAILED'} {case} ({seconds:.1f} s) {rest}", flush=True)
+
+    def run_process(self, command, **how):
+        """A process that ends before the stage's time does."""
+        command = [str(word) for word in command]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=self.seconds_left(),
+                                  **how)
+        except subprocess.TimeoutExpired as late:
+            raise OutOfTime(f"{' '.join(command)} takes more than {late.timeout:.0f} s") from late
 
     def attempt(self, case, run):
         """Runs a case that has no result yet, if there is time; `run` gives what was measured."""
@@ -65,6 +82,11 @@ class Results:
             found = run() or {}
         except AssertionError as wrong:
             ok, found = False, {"error": str(wrong)}
+        except OutOfTime as late:
+            # The next run has all of its time for it, which must be enough.
+            if self.fresh > 0:
+                return
+            ok, found = False, {"error": str(late)}
         self.add(case, ok, time.monotonic() - begun, **found)
 
     def finish(self):

@@ -4,9 +4,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -14,9 +12,10 @@ import cases
 import device
 import emulator
 import speeds
-from results import Results
+import workers
+from results import OutOfTime, Results
 
-WORKER = device.REPOSITORY / "benches/gpu/worker.py"
+WORKER = device.REPOSITORY / "benches/gpu/kernel_worker.py"
 # A case that says nothing for so long hangs.
 CASE_SECONDS_MAX = 120
 ERROR_CHARACTERS_MAX = 2000
@@ -40,60 +39,9 @@ def run(options, at):
     table = cases.table(large)
     missing = results.want([case.name for case in [*table, *speeds.table(large)]])
     checks = results.want([f"sanitizer {tool}" for tool in SANITIZERS] * large)
-    walk(results, command, missing)
+    workers.walk(results, command, missing, CASE_SECONDS_MAX, lambda line: percents(results, line))
     sanitize(results, command, checks, [case.name for case in table if case.reduced])
     return results.finish()
-
-
-def walk(results, command, missing):
-    """Runs cases in workers: another one for what is left when one dies."""
-    while missing and not results.out_of_time():
-        done = work(results, command, missing)
-        missing = missing[done:]
-
-
-def work(results, command, missing):
-    """How many cases got their results, that of one which ended the worker included."""
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True)
-    said = []
-    reader = threading.Thread(target=lambda: said.append(worker.stderr.read()))
-    reader.start()
-    worker.stdin.write(json.dumps(missing))
-    worker.stdin.close()
-    done, begun, started = 0, None, time.monotonic()
-    alarm = watched(worker)
-    for line in worker.stdout:
-        alarm.cancel()
-        line = json.loads(line)
-        if "begin" in line:
-            begun, started = line["begin"], time.monotonic()
-        else:
-            case, ok, seconds = line.pop("case"), line.pop("ok"), line.pop("seconds")
-            results.add(case, ok, seconds, **line, **percents(results, line))
-            done, begun = done + 1, None
-            if results.out_of_time():
-                break
-        alarm = watched(worker)
-    alarm.cancel()
-    worker.kill() if results.out_of_time() else worker.wait()
-    worker.wait()
-    reader.join()
-    if begun is None and done > 0 or results.out_of_time():
-        return done
-    # Without a case there is nothing to go on with: the worker does not start.
-    error = f"the worker ended with {worker.returncode}: {said[0][-ERROR_CHARACTERS_MAX:]}"
-    if begun is None:
-        raise SystemExit(error)
-    results.add(begun, False, time.monotonic() - started, error=error)
-    return done + 1
-
-
-def watched(worker):
-    alarm = threading.Timer(CASE_SECONDS_MAX, worker.kill)
-    alarm.daemon = True
-    alarm.start()
-    return alarm
 
 
 def percents(results, measured):
@@ -119,15 +67,15 @@ def sanitize(results, command, checks, reduced):
             continue
         tool, begun = check.split()[-1], time.monotonic()
         line = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR), *command]
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         try:
-            ran = subprocess.run(line, input=json.dumps(reduced), capture_output=True, text=True,
-                                 env=environment, timeout=results.seconds_left())
-        except subprocess.TimeoutExpired:
-            # Without a result: the next run has all of its time for it.
+            ran = results.run_process(line, input=json.dumps(reduced),
+                                      env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        except OutOfTime:
             return
         wrong = [name for name in reduced if f'"case": "{name}"' not in ran.stdout]
         wrong += re.findall(r'"case": "([^"]*)".*"ok": false', ran.stdout)
-        ok = ran.returncode == 0 and not wrong
-        error = {} if ok else {"error": f"exit {ran.returncode}, {wrong}: {(ran.stdout + ran.stderr)[-ERROR_CHARACTERS_MAX:]}"}
-        results.add(check, ok, time.monotonic() - begun, reduced_cases=len(reduced), **error)
+        measured, ok = {"reduced_cases": len(reduced)}, ran.returncode == 0 and not wrong
+        if not ok:
+            said = (ran.stdout + ran.stderr)[-ERROR_CHARACTERS_MAX:]
+            measured["error"] = f"exit {ran.returncode}, {wrong}: {said}"
+        results.add(check, ok, time.monotonic() - begun, **measured)

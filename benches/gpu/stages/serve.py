@@ -5,15 +5,15 @@ On a GPU the model is an 8B one whose weights nobody has; in a rehearsal it is o
 """
 
 import json
-import random
-import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-import continuous
 import device
 import models
+import shapes
 import tokenizer
+import workers
 from results import Results
 from server import Server, device_flags
 from values import check
@@ -26,29 +26,10 @@ LARGE = {
     "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": False,
     "hidden_act": "silu", "torch_dtype": "bfloat16",
 }
-# Requests that each stream sends, one after the other.
-REQUESTS_A_STREAM = 2
 WARM_REQUESTS = 4
-
-
-class Shape:
-    """Streams at once, tokens of a prompt, tokens of an answer."""
-
-    def __init__(self, streams, tokens_in, tokens_out):
-        self.streams, self.tokens_in, self.tokens_out = streams, tokens_in, tokens_out
-
-    def __str__(self):
-        return f"{self.streams} streams {self.tokens_in}/{self.tokens_out}"
-
-    @property
-    def requests(self):
-        return self.streams * REQUESTS_A_STREAM
-
-
-def shapes(is_gpu):
-    if not is_gpu:
-        return [Shape(streams, 16, 16) for streams in (1, 4)]
-    return [Shape(streams, length, length) for length in (128, 1000) for streams in (1, 8, 64, 256)]
+WORKER = device.REPOSITORY / "benches/gpu/continuous.py"
+# Of one case of transformers'.
+CASE_SECONDS_MAX = 420
 
 
 def written(options, at):
@@ -65,32 +46,25 @@ def written(options, at):
     return directory, LARGE["vocab_size"]
 
 
-def prompts(vocab, shape, count):
-    """Random token ids, each of which is a token of its own in the text too."""
-    draw = random.Random(f"{shape} {count}")
-    words = range(len(tokenizer.CHARACTERS), vocab)
-    return [draw.choices(words, k=shape.tokens_in) for _ in range(count)]
-
-
-def bench(binary, server, vocab, shape, count):
+def bench(results, binary, server, vocab, shape, count):
     """The report of `candela bench`; every prompt is what its shape says, token by token."""
     texts = tokenizer.texts(vocab)
     with tempfile.TemporaryDirectory() as directory:
         dataset, report = Path(directory) / "prompts.jsonl", Path(directory) / "report.json"
         lines = [json.dumps({"prompt": tokenizer.shown("".join(texts[token] for token in prompt))})
-                 for prompt in prompts(vocab, shape, count)]
+                 for prompt in shape.prompts(vocab, count)]
         dataset.write_text("\n".join(lines) + "\n")
         command = [binary, "bench", "--url", server.url, "--endpoint", "completions",
                    "--dataset", dataset, "--num-prompts", count, "--concurrency", shape.streams,
                    "--output-len", shape.tokens_out, "--json", report]
-        ran = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        ran = results.run_process(command)
         check(ran.returncode == 0, f"candela bench ends with {ran.returncode}: {ran.stderr[-1000:]}")
         return json.loads(report.read_text())
 
 
-def ours(binary, server, vocab, shape):
-    bench(binary, server, vocab, shape, min(WARM_REQUESTS, shape.requests))
-    report = bench(binary, server, vocab, shape, shape.requests)
+def ours(results, binary, server, vocab, shape):
+    bench(results, binary, server, vocab, shape, min(WARM_REQUESTS, shape.requests))
+    report = bench(results, binary, server, vocab, shape, shape.requests)
     check(report["failed"] == 0, f"{report['failed']} requests failed: {report['errors']}")
     for kind, each in [("input", shape.tokens_in), ("output", shape.tokens_out)]:
         found, wanted = report[f"{kind}_tokens"], each * shape.requests
@@ -114,7 +88,7 @@ def serve_flags(binary, at, every):
 def run(options, at):
     binary, build = device.binary(options)
     results = Results(options, "serve", device.facts(at), build)
-    every = shapes(at.type == "cuda")
+    every = shapes.table(at.type == "cuda")
     of_ours = results.want([f"candela {shape}" for shape in every])
     of_theirs = results.want([f"transformers {shape}" for shape in every])
     directory, vocab = written(options, at)
@@ -122,14 +96,11 @@ def run(options, at):
         try:
             with Server(binary, directory, serve_flags(binary, at, every)) as server:
                 for shape in every:
-                    results.attempt(f"candela {shape}", lambda: ours(binary, server, vocab, shape))
+                    results.attempt(f"candela {shape}",
+                                    lambda: ours(results, binary, server, vocab, shape))
         except AssertionError as wrong:
             for name in of_ours:
                 results.attempt(name, lambda: check(False, str(wrong)))
-    if of_theirs and not results.out_of_time():
-        theirs = continuous.Batching(directory, at)
-        for shape in every:
-            asked = prompts(vocab, shape, shape.requests)
-            results.attempt(f"transformers {shape}",
-                            lambda: theirs.run(asked, shape.tokens_out, shape.streams))
+    command = [sys.executable, str(WORKER), str(at), str(directory)]
+    workers.walk(results, command, of_theirs, CASE_SECONDS_MAX)
     return results.finish()

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import time
 from pathlib import Path
 
 import device
 from results import Results
+from values import check
 
 ERROR_CHARACTERS_MAX = 2000
 
@@ -25,21 +25,12 @@ def run(options, at):
     if listed.returncode != 0 or not cases:
         raise SystemExit(f"{program} lists no cases: {listed.stderr[-ERROR_CHARACTERS_MAX:]}")
     for case in results.want(cases):
-        if not results.out_of_time():
-            measure(results, case, [*command, "--case", case])
+        results.attempt(case, lambda: measure(results, [*command, "--case", case]))
     return results.finish()
 
 
-def measure(results, case, command):
-    begun = time.monotonic()
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=results.seconds_left())
-    except subprocess.TimeoutExpired:
-        # Without a result: the next run has all of its time for it.
-        return
+def measure(results, command):
+    ran = results.run_process(command)
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    if ran.returncode == 0 and lines:
-        results.add(case, True, time.monotonic() - begun, lines=lines)
-    else:
-        error = f"exit {ran.returncode}: {ran.stderr[-ERROR_CHARACTERS_MAX:]}"
-        results.add(case, False, time.monotonic() - begun, error=error)
+    check(ran.returncode == 0 and lines, f"exit {ran.returncode}: {ran.stderr[-ERROR_CHARACTERS_MAX:]}")
+    return {"lines": lines}
