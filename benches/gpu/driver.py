@@ -32,6 +32,8 @@ class Driver:
             function = getattr(self.library, name)
             function.argtypes, function.restype = arguments, INT
         self.modules, self.functions = {}, {}
+        # Makes torch's context, which is the device's primary one.
+        torch.cuda.set_device(device)
         torch.zeros(1, device=device)
         ordinal, context = INT(), POINTER()
         self.call("cuInit", 0)

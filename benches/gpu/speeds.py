@@ -13,7 +13,7 @@ from values import TYPES, Random
 OF = "bf16"
 ROUNDS, WARM_ROUNDS = 7, 2
 # Launches of a round: their buffers together are larger than any second-level cache.
-ROTATED_BYTES, ROTATIONS_MAX = 512 << 20, 64
+ROTATED_BYTES, ROTATIONS_MAX = 512 << 20, 1024
 
 
 class Sizes:

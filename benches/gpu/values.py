@@ -10,11 +10,12 @@ POISON_16, POISON_32 = 0x7FEE, 0x7FEE7FEE
 
 
 class Random:
-    """Values that a seed fixes, the same on every device."""
+    """Values that a seed fixes: small ones on the CPU, elements where they are wanted."""
 
     def __init__(self, place, seed):
         self.device = place.device
         self.generator = torch.Generator().manual_seed(seed)
+        self.own = torch.Generator(self.device).manual_seed(seed)
 
     def uniform(self, *shape):
         return torch.rand(shape, generator=self.generator, dtype=torch.float64)
@@ -24,9 +25,9 @@ class Random:
 
     def elements(self, of, *shape):
         """Mostly within (-2, 2); one in 200 is 50 times that."""
-        values = self.uniform(*shape) * 4 - 2
-        values = torch.where(self.below(200, *shape) == 0, values * 50, values)
-        return values.to(TYPES[of]).to(self.device)
+        values, far = (torch.rand(shape, generator=self.own, device=self.device) for _ in range(2))
+        values = torch.where(far < 1 / 200, values * 200 - 100, values * 4 - 2)
+        return values.to(TYPES[of])
 
 
 def poisoned(place, of, *shape):

@@ -168,20 +168,20 @@ CHECKS = {"prompts": prompts, "greedy": greedy, "graphs": graphs, "batch": batch
 def run(options, at):
     _, build = device.binary(options)
     results = Results(options, "model", device.facts(at), build)
-    for family, dtype in VARIANTS:
-        if dtype != "bf16" and at.type == "cpu":
+    variants = [variant for variant in VARIANTS if variant[1] == "bf16" or at.type == "cuda"]
+    names = {variant: {" ".join([*variant, name]): name for name in CHECKS} for variant in variants}
+    missing = results.want([name for of_one in names.values() for name in of_one])
+    for variant in variants:
+        asked = [name for name in names[variant] if name in missing]
+        if not asked or results.out_of_time():
             continue
-        names = {f"{family} {dtype} {name}": name for name in CHECKS}
-        missing = results.want(list(names))
-        if not missing or results.out_of_time():
-            continue
-        model = Model(options, at, family, dtype)
+        model = Model(options, at, *variant)
         try:
             with model.serve() as server:
-                for name in missing:
-                    results.attempt(name, lambda: CHECKS[names[name]](model, server))
+                for name in asked:
+                    results.attempt(name, lambda: CHECKS[names[variant][name]](model, server))
         except AssertionError as wrong:
             # The server does not start, which all of its cases need.
-            for name in missing:
+            for name in asked:
                 results.attempt(name, lambda: check(False, str(wrong)))
     return results.finish()
