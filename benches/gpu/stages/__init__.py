@@ -1,0 +1,1 @@
+"""What is proved, in the order in which it should be run."""
