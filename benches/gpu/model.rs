@@ -1,6 +1,6 @@
 //! A model with made-up weights, and the steps that it is timed on.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use candela::{
@@ -12,8 +12,7 @@ use candela::{
     },
     model::{
         Llama, ModelConfig, ModelError, RuntimeLimits,
-        load::{Part, WeightSource, assemble},
-        load_dummy,
+        load::{Dummy, Part, WeightSource, assemble},
     },
     ops::{
         CpuPool, DenseType, KV_BLOCK_TOKENS, KvDtype, StepInputs, WeightPlace, gpu::Half,
@@ -22,6 +21,9 @@ use candela::{
     sampling::SamplingParams,
     types::SlotId,
 };
+
+const LLAMA_8B: &str = include_str!("llama-3.1-8b.json");
+const TINY: &str = include_str!("tiny.json");
 
 /// Rows that each begin after as many tokens.
 pub struct Step {
@@ -43,6 +45,15 @@ impl Step {
 
     pub fn tokens(&self) -> usize {
         self.seqs * self.new
+    }
+
+    /// Every weight but the embedding's, and the KV that the rows see, in 16 bits.
+    pub fn floor_bytes(&self, config: &ModelConfig) -> usize {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let attention = config.qkv_cols() + config.heads * config.head_dim;
+        let layer = hidden * (attention + 3 * inner);
+        let kv = 2 * config.kv_heads * config.head_dim * (self.first + self.new) * self.seqs;
+        Half::BYTES * (config.layers * (layer + kv) + hidden * config.vocab_size)
     }
 
     pub fn limits(&self) -> RuntimeLimits {
@@ -113,22 +124,22 @@ pub fn open(device: &str) -> Result<Option<OpenGpu>> {
     }
 }
 
-pub fn name(device: &str) -> Result<String> {
-    Ok(open(device)?.map_or_else(|| "cpu".into(), |open| open.facts.name))
+/// The shapes that a device is timed on.
+pub fn config(device: &str) -> Result<ModelConfig> {
+    let text = if device == "cpu" { TINY } else { LLAMA_8B };
+    Ok(ModelConfig::from_hf_json(text)?)
 }
 
-/// The model of a `config.json` on a device, with room for `step`.
-pub fn device(config: &Path, device: &str, step: &Step) -> Result<Box<dyn Device>> {
-    let limits = step.limits();
+/// The model on a device, with room for `step`.
+pub fn device(device: &str, step: &Step) -> Result<Box<dyn Device>> {
+    let (limits, config) = (step.limits(), config(device)?);
     let Some(open) = open(device)? else {
-        let config = ModelConfig::from_hf_json(&std::fs::read_to_string(config)?)?;
         let weights = assemble(&config, &Small, WeightPlace::Cpu)?;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let model = Llama::new(config, weights, limits, Arc::new(CpuPool::new(threads)?))?;
         return Ok(Box::new(CpuDevice::new(model, step.seats(), Clock::system())));
     };
-    let place = WeightPlace::Gpu(&*open.gpu, Half::Bf16);
-    let (config, weights) = load_dummy(config, place)?;
+    let weights = assemble(&config, &Dummy, WeightPlace::Gpu(&*open.gpu, Half::Bf16))?;
     let spec = GpuSpec { limits, dtype: Half::Bf16, seats: step.seats(), graphs: Graphs::All };
     let gpu = open.gpu.clone();
     Ok(Box::new(GpuDevice::new(gpu, config, weights, spec, None, &|_, _| {})?))

@@ -2,13 +2,15 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::Result;
 use candela::{
-    model::{Llama, load_dummy},
+    model::{
+        Llama,
+        load::{Dummy, assemble},
+    },
     ops::{
         GpuPlace, Inbox, Packet, Region, Splits, WeightPlace,
         gpu::{
@@ -87,11 +89,12 @@ fn best(gpu: &dyn Gpu, work: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
 }
 
 /// Time, bytes and flops of a step by kernel, each launch timed by itself.
-pub fn kernels(config: &Path, device: &str, step: &Step) -> Result<Value> {
-    let Some(open) = model::open(device)? else { return Ok(json!({ "note": "no GPU" })) };
+pub fn kernels(device: &str, step: &Step) -> Result<Vec<Value>> {
+    let Some(open) = model::open(device)? else { return Ok(vec![json!({ "note": "no GPU" })]) };
     let gpu = Arc::new(Timed { inner: open.gpu, spent: Mutex::default() });
     let dtype = Half::Bf16;
-    let (config, weights) = load_dummy(config, WeightPlace::Gpu(&*gpu, dtype))?;
+    let config = model::config(device)?;
+    let weights = assemble(&config, &Dummy, WeightPlace::Gpu(&*gpu, dtype))?;
     let (limits, inputs) = (step.limits(), step.asked(true).inputs);
     let buffers = StepLimits {
         tokens: limits.step_tokens_max,
@@ -125,7 +128,7 @@ pub fn kernels(config: &Path, device: &str, step: &Step) -> Result<Value> {
             "tflop_per_s": work.flops as f64 / ns.max(1) as f64 / 1e3,
         })
     });
-    Ok(json!({ "kernels": lines.collect::<Vec<_>>() }))
+    Ok(lines.collect())
 }
 
 /// Launches, nanoseconds and work, by kernel or by shape of product.

@@ -1,64 +1,78 @@
-//! Times steps of a model whose weights are made up, on a GPU or, to rehearse, on the CPU. One case a
-//! run, one JSON line a case:
+//! Times steps of Llama-3.1-8B's shapes with made-up weights on a GPU or, to rehearse, of a tiny model on
+//! the CPU: the program of the stage `speed`.
 //!
-//!     cargo bench --features cuda --bench gpu_speed -- CONFIG_JSON DEVICE CASE
+//!     gpu_speed --device cuda:0 --list
+//!     gpu_speed --device cuda:0 --case decode:64:1024
 //!
-//! DEVICE is `cuda:N` or `cpu`. CASE is `ceilings`, `decode:ROWS:CONTEXT`, `busy:ROWS:CONTEXT`,
-//! `prefill:TOKENS` or `profile:ROWS:CONTEXT`. Times are medians; bytes and flops are those that the ops
-//! plan (`ops::gpu::Work`), so that rates are of what must cross the bus, not of what did.
+//! Cases are `ceilings`, `decode:ROWS:CONTEXT`, `busy:ROWS:CONTEXT`, `prefill:TOKENS` and
+//! `profile:ROWS:CONTEXT`, and print a JSON line each, a profile one for every kernel. Times are medians;
+//! bytes and flops are those that must cross the bus and be computed, not those that did.
 
 mod model;
 mod profile;
 
-use std::{path::Path, time::Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use candela::engine::device::Device;
 use serde_json::{Value, json};
 
 /// Steps that warm up, and steps that are timed.
 const WARM: usize = 5;
 const TIMED: usize = 40;
+const ON_GPU: [&str; 14] = [
+    "ceilings",
+    "decode:1:128",
+    "decode:1:1024",
+    "decode:1:8192",
+    "decode:8:1024",
+    "decode:32:1024",
+    "decode:64:1024",
+    "decode:128:1024",
+    "decode:256:1024",
+    "prefill:512",
+    "prefill:2048",
+    "prefill:8192",
+    "busy:64:1024",
+    "profile:64:1024",
+];
+const ON_CPU: [&str; 4] = ["ceilings", "decode:4:64", "prefill:64", "busy:4:64"];
 
 fn main() -> Result<()> {
     // cargo adds `--bench`.
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
-    let [config, device, case] = &args[..] else {
-        // Every bench runs once under `cargo bench`: without a model there is nothing to do.
-        println!("usage: gpu_speed CONFIG_JSON DEVICE CASE");
-        return Ok(());
-    };
-    let line = run(Path::new(config), device, case)?;
-    println!("{line}");
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args[..] {
+        ["--device", device, "--list"] => {
+            let cases = if device == "cpu" { &ON_CPU[..] } else { &ON_GPU[..] };
+            cases.iter().for_each(|case| println!("{case}"));
+        }
+        ["--device", device, "--case", case] => {
+            for line in run(device, case)? {
+                println!("{line}");
+            }
+        }
+        // Every bench runs once under `cargo bench`.
+        _ => println!("usage: gpu_speed --device cuda:N|cpu --list|--case CASE"),
+    }
     Ok(())
 }
 
-fn run(config: &Path, device: &str, case: &str) -> Result<Value> {
+fn run(device: &str, case: &str) -> Result<Vec<Value>> {
     let (kind, sizes) = case.split_once(':').unwrap_or((case, ""));
     let sizes = sizes.split(':').filter(|size| !size.is_empty());
     let sizes: Vec<usize> = sizes.map(str::parse).collect::<Result<_, _>>().context("a size")?;
-    let mut line = match (kind, &sizes[..]) {
-        ("ceilings", []) => profile::ceilings(device)?,
-        ("decode", &[rows, context]) => {
-            let step = model::Step::decode(rows, context);
-            time(&mut *model::device(config, device, &step)?, &step)?
-        }
-        ("prefill", &[tokens]) => {
-            let step = model::Step::prefill(tokens);
-            time(&mut *model::device(config, device, &step)?, &step)?
-        }
-        ("busy", &[rows, context]) => {
-            let step = model::Step::decode(rows, context);
-            busy(&mut *model::device(config, device, &step)?, &step)?
-        }
+    let mut lines = match (kind, &sizes[..]) {
+        ("ceilings", []) => vec![profile::ceilings(device)?],
+        ("decode", &[rows, context]) => vec![time(device, &model::Step::decode(rows, context))?],
+        ("prefill", &[tokens]) => vec![time(device, &model::Step::prefill(tokens))?],
+        ("busy", &[rows, context]) => vec![busy(device, &model::Step::decode(rows, context))?],
         ("profile", &[rows, context]) => {
-            profile::kernels(config, device, &model::Step::decode(rows, context))?
+            profile::kernels(device, &model::Step::decode(rows, context))?
         }
         _ => bail!("`{case}` is no case"),
     };
-    line["case"] = json!(case);
-    line["device"] = json!(model::name(device)?);
-    Ok(line)
+    lines.iter_mut().for_each(|line| line["case"] = json!(case));
+    Ok(lines)
 }
 
 fn failed(error: impl std::fmt::Display) -> anyhow::Error {
@@ -66,7 +80,9 @@ fn failed(error: impl std::fmt::Display) -> anyhow::Error {
 }
 
 /// One step at a time: what the device says it took.
-fn time(device: &mut dyn Device, step: &model::Step) -> Result<Value> {
+fn time(device: &str, step: &model::Step) -> Result<Value> {
+    let floor_bytes = step.floor_bytes(&model::config(device)?);
+    let mut device = model::device(device, step)?;
     let mut times = Vec::new();
     for round in 0..WARM + TIMED {
         device.launch(&step.asked(round == 0)).map_err(failed)?;
@@ -81,12 +97,15 @@ fn time(device: &mut dyn Device, step: &model::Step) -> Result<Value> {
         "p10_ns": times[times.len() / 10],
         "p90_ns": times[times.len() * 9 / 10],
         "tokens_per_second": tokens_per_second,
+        "floor_bytes": floor_bytes,
+        "floor_gb_per_s": floor_bytes as f64 / median_ns.max(1) as f64,
     }))
 }
 
 /// Two steps in flight, as the engine runs them: how much of the time the device computes, and what a
 /// launch costs the host.
-fn busy(device: &mut dyn Device, step: &model::Step) -> Result<Value> {
+fn busy(device: &str, step: &model::Step) -> Result<Value> {
+    let mut device = model::device(device, step)?;
     let (mut device_ns, mut host_ns) = (0, 0);
     device.launch(&step.asked(true)).map_err(failed)?;
     let began = Instant::now();

@@ -90,7 +90,7 @@ pub fn load_dummy(
 }
 
 /// Matrices of made-up values; norms are 1 and biases 0.
-struct Dummy;
+pub struct Dummy;
 
 impl WeightSource for Dummy {
     fn matrix(

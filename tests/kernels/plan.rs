@@ -13,13 +13,7 @@ use candela::{
 use crate::gpu::{Asked, NotedGpu};
 
 /// The shapes of Llama-3.1-8B, as its `config.json` says them.
-const LLAMA_8B: &str = r#"{
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": false,
-    "eos_token_id": 128001, "bos_token_id": 128000
-}"#;
+const LLAMA_8B: &str = include_str!("../../benches/gpu/llama-3.1-8b.json");
 
 /// The plan of a step in which `seqs` sequences of `context` tokens get one more each.
 fn plan(seqs: usize, context: usize) -> (ModelConfig, u64, Vec<Asked>) {
