@@ -153,13 +153,13 @@ def draws(place, vocab, count, number, threads):
     for turn in range(number):
         begins = [(slot, random_seat(vocab, random)) for slot in range(count)
                   if turn == 0 or (slot + turn) % 4 == 0]
-        # Not in the order of slots, and with padding in front, in between and at the end.
         begins.insert(0, (PAD, Seat()))
+        # Each slot once, as 7 divides no count, in another order, with padding in between and at the end.
         rows = []
         for slot in range(count):
             banned = random.below(min(FEW, vocab), 4).tolist() + [vocab] if slot % 3 == 0 else []
             row, late = (int(random.below(end, 1)) for end in (len(logits), 3))
-            rows.append((row, (slot * 5 + 3) % count, 100 + turn + late, banned))
+            rows.append((row, (slot * 7 + 3) % count, 100 + turn + late, banned))
         rows.insert(1, (0, PAD, 0, []))
         rows.append((PAD, PAD, 0, []))
         plan.append((begins, rows))
