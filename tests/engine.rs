@@ -258,3 +258,17 @@ async fn a_dropped_stream_frees_everything() {
     }
     panic!("left over: {:?}", model.engine.handle.snapshot());
 }
+
+#[tokio::test]
+async fn a_short_context_is_calibrated_within_itself() {
+    for tokens in [32, 100] {
+        let model = start(|spec| {
+            spec.context_tokens_max = Some(tokens);
+            spec.calibration = Duration::from_millis(50);
+        });
+        let prompt = model.tokenizer.encode("The capital of Portugal is", true).expect("tokens");
+        let answer = read(submit(&model, prompt, 1, 0.0), 1).await;
+        assert!(answer[0].0.starts_with(" Lisbon"), "{tokens}: {answer:?}");
+        model.engine.handle.stop();
+    }
+}

@@ -77,6 +77,7 @@ impl Here {
         how: How,
     ) -> (Result<ResolvedModel, RegistryError>, String) {
         let options = RegistryOptions {
+            without_weights: false,
             cache_dir: self.cache(),
             manifests_dir: Some(self.0.path().join("manifests")),
             offline: how == How::Offline,

@@ -75,6 +75,7 @@ impl Setup {
         fs::write(manifests.join("tiny.toml"), manifest).unwrap();
         let wheels = self.dir.path().join("wheels");
         Registry::new(RegistryOptions {
+            without_weights: false,
             cache_dir: self.dir.path().join("cache"),
             manifests_dir: Some(manifests),
             offline,
@@ -249,9 +250,18 @@ fn directories_and_files_are_used_in_place() {
     fs::write(dir.path().join("s-1.safetensors"), "").unwrap();
     let error = resolve(dir.path()).unwrap_err().to_string();
     assert!(error.ends_with("missing config.json, tokenizer.json, s-2.safetensors"), "{error}");
-    for name in ["config.json", "tokenizer.json", "s-2.safetensors", "m.gguf"] {
+    let options = RegistryOptions { without_weights: true, ..RegistryOptions::default() };
+    let shapes = Registry::new(options).unwrap();
+    let shapes = || shapes.resolve(dir.path().to_str().unwrap(), &NoProgress);
+    let error = shapes().unwrap_err().to_string();
+    assert!(error.ends_with("missing config.json, tokenizer.json"), "{error}");
+    for name in ["config.json", "tokenizer.json", "m.gguf"] {
         fs::write(dir.path().join(name), "").unwrap();
     }
+    assert!(
+        matches!(shapes().unwrap().source, ModelSource::Dir { shards, .. } if shards.is_empty())
+    );
+    fs::write(dir.path().join("s-2.safetensors"), "").unwrap();
     match resolve(dir.path()).unwrap().source {
         ModelSource::Dir { shards, tokenizer_config, .. } => {
             assert_eq!(

@@ -69,6 +69,7 @@ pub fn registry_options(sources: &Sources) -> RegistryOptions {
         offline: sources.offline,
         hf_token: sources.hf_token.as_ref().map(|token| token.reveal().to_string()),
         hf_endpoint: sources.hf_endpoint.clone(),
+        without_weights: false,
         pip: sources.pip.clone(),
     }
 }

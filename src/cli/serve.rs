@@ -15,11 +15,11 @@ use crate::{
     admission::{Anonymous, Door},
     api::{AppState, ServedModel, router},
     clock::Clock,
-    config::{Config, Settings},
+    config::{Config, LoadFormat, Settings},
     engine::EngineHandle,
     ops::{KvDtype, simd},
     price::Prices,
-    registry::{BarProgress, DEFAULT_MODEL, Registry},
+    registry::{BarProgress, DEFAULT_MODEL, Registry, RegistryOptions},
     telemetry::Metrics,
     types::ModelId,
 };
@@ -122,7 +122,9 @@ struct Loaded {
 fn load(config: &Config, clock: Clock) -> anyhow::Result<Loaded> {
     // Before a model is fetched, which may take long.
     let gpu = on_gpu::choose(config)?.map(Arc::new);
-    let registry = Registry::new(pull::registry_options(&config.sources))?;
+    let without_weights = config.load_format == LoadFormat::Dummy;
+    let options = pull::registry_options(&config.sources);
+    let registry = Registry::new(RegistryOptions { without_weights, ..options })?;
     let wanted = config.model.as_deref().unwrap_or(DEFAULT_MODEL);
     let resolved = registry.resolve(wanted, &BarProgress::default())?;
     let id = ModelId::new(config.served_model_name.as_deref().unwrap_or(&resolved.id));

@@ -39,6 +39,7 @@ pub fn measure(
     device: &mut impl Device,
     limits: &Limits,
     kv_blocks: usize,
+    context_tokens_max: usize,
     window: Option<u32>,
     budget: Duration,
     clock: &Clock,
@@ -48,7 +49,8 @@ pub fn measure(
     let latest_ns = begun_ns + (budget * BUDGET_FACTOR_MAX).as_nanos() as u64;
     let fits = |(seqs, first, new): (usize, usize, usize)| {
         let blocks = seqs * (first + new).div_ceil(limits.block_tokens);
-        seqs * new <= limits.step_tokens_max
+        first + new <= context_tokens_max
+            && seqs * new <= limits.step_tokens_max
             && seqs <= limits.running_seqs_max.min(limits.logits_rows_max)
             && blocks <= kv_blocks
     };

@@ -235,6 +235,7 @@ impl<D: Device> Engine<D> {
             &mut self.device,
             &options.limits,
             options.kv_blocks,
+            options.context_tokens_max,
             self.metering.window(),
             options.calibration,
             &self.clock,

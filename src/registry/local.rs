@@ -19,11 +19,11 @@ struct ShardIndex {
 }
 
 /// The parts of the model at `path`; what is missing is named.
-pub(super) fn open(path: &Path) -> Result<ModelSource, RegistryError> {
+pub(super) fn open(path: &Path, without_weights: bool) -> Result<ModelSource, RegistryError> {
     let metadata = fs::metadata(path)
         .map_err(|source| RegistryError::Io { path: path.to_path_buf(), source })?;
     if metadata.is_dir() {
-        return open_dir(path);
+        return open_dir(path, without_weights);
     }
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
         return Ok(ModelSource::Gguf { path: path.to_path_buf() });
@@ -32,9 +32,10 @@ pub(super) fn open(path: &Path) -> Result<ModelSource, RegistryError> {
     Err(RegistryError::Invalid { path: path.to_path_buf(), reason })
 }
 
-fn open_dir(dir: &Path) -> Result<ModelSource, RegistryError> {
+fn open_dir(dir: &Path, without_weights: bool) -> Result<ModelSource, RegistryError> {
     let optional = |name: &str| Some(dir.join(name)).filter(|path| path.is_file());
     let shards = match optional("model.safetensors.index.json") {
+        _ if without_weights => Vec::new(),
         Some(index) => shards(dir, &index)?,
         None => vec![dir.join("model.safetensors")],
     };

@@ -43,6 +43,8 @@ pub struct RegistryOptions {
     pub offline: bool,
     pub hf_token: Option<String>,
     pub hf_endpoint: Option<String>,
+    /// Weights need not be there: they are made up.
+    pub without_weights: bool,
     /// The pip command line; when empty, the first of the usual ones that is installed.
     pub pip: String,
 }
@@ -120,7 +122,7 @@ impl Registry {
         }
         let path = Path::new(model);
         if path.exists() || model.starts_with(['.', '/']) || model.ends_with(".gguf") {
-            return resolve_path(path);
+            return resolve_path(path, self.options.without_weights);
         }
         let (repo, revision) = match model.split_once('@') {
             Some((repo, revision)) => (repo, Some(revision)),
@@ -148,7 +150,7 @@ impl Registry {
         progress.finish();
         let dir = fetched?;
         let commit = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let source = local::open(&dir)?;
+        let source = local::open(&dir, self.options.without_weights)?;
         let (id, notes) = (repo.to_string(), String::new());
         Ok(ResolvedModel { id, revision: commit, source, prices: None, notes })
     }
@@ -161,8 +163,8 @@ impl Registry {
     }
 }
 
-fn resolve_path(path: &Path) -> Result<ResolvedModel, RegistryError> {
-    let source = local::open(path)?;
+fn resolve_path(path: &Path, without_weights: bool) -> Result<ResolvedModel, RegistryError> {
+    let source = local::open(path, without_weights)?;
     // `.` has no name of its own.
     let full = fs::canonicalize(path)
         .map_err(|source| RegistryError::Io { path: path.to_path_buf(), source })?;

@@ -41,7 +41,6 @@ def written(options, at):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(LARGE))
     # A directory without any weights is no model; these are never read.
-    (directory / "model.safetensors").touch()
     tokenizer.write(directory, LARGE["vocab_size"])
     return directory, LARGE["vocab_size"]
 
