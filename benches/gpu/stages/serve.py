@@ -40,7 +40,6 @@ def written(options, at):
     directory = out / "large"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(LARGE))
-    # A directory without any weights is no model; these are never read.
     tokenizer.write(directory, LARGE["vocab_size"])
     return directory, LARGE["vocab_size"]
 
