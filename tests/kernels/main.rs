@@ -16,6 +16,7 @@ mod gpu;
 mod harness;
 mod logprobs;
 mod matrix;
+mod memory;
 mod plan;
 mod rows;
 mod sampling;
