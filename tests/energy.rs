@@ -263,6 +263,26 @@ async fn another_gpu_is_only_shown() {
     assert_eq!(rows["data"][0]["energy_uj"], Value::Null, "{rows}");
 }
 
+/// Whoever has a GPU and a program that cannot use it hears of it.
+#[test]
+fn doctor_sees_a_gpu_that_this_build_cannot_use() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let doctor = |fake: &Fake, device: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_candela"));
+        command.args(["doctor", "--port", "0", "--device", device]).current_dir(dir.path());
+        command.env("LD_LIBRARY_PATH", fake.dir()).env("CANDELA_MODEL_DIR", dir.path());
+        let out = command.output().expect("runs");
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let gpus = Fake::new(&format!("device {UUID}\n"));
+    let told = doctor(&gpus, "auto");
+    assert!(told.contains("warning  device"), "{told}");
+    assert!(told.contains("The driver shows a GPU") && told.contains("--features cuda"), "{told}");
+    assert!(doctor(&gpus, "cpu").contains("ok       device"), "who wants the CPU gets it");
+    let none = Fake::new("init 9\n");
+    assert!(doctor(&none, "auto").contains("ok       device"), "no GPU is no fault");
+}
+
 /// The normal state of a machine without a GPU.
 #[tokio::test]
 async fn no_gpu_is_said_once() {

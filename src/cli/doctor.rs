@@ -15,6 +15,7 @@ use super::{
 use crate::{
     config::{ByteSize, Config, Device, Settings},
     engine::device::gpus::{self, GpuFacts},
+    gpu::NvmlSource,
     registry::{NoProgress, Registry, RegistryOptions},
 };
 
@@ -86,6 +87,9 @@ fn check_device(config: &Config) -> Finding {
         Device::Auto => match gpus::count() {
             Ok(count) if count > 0 => 0,
             Err(why) if gpus::BUILT => return Poor(format!("cpu: {}. No GPU: {why}", cpu())),
+            Err(why) if NvmlSource::open(None).is_ok() => {
+                return Poor(format!("cpu: {}. The driver shows a GPU, but {why}", cpu()));
+            }
             _ => return Good(format!("cpu: {}", cpu())),
         },
     };
