@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::{Book, TOGETHER, nano, of_scopes};
+use super::{Book, TOGETHER, nano, of_scopes, together};
 use crate::{
     ledger::{
         db::{DbError, Question, Row, Val},
@@ -65,9 +65,30 @@ const TOTALS: &str = "SELECT scope, span, start_s, posted, held, fired FROM wind
     OR (scope = $7 AND span = $8 AND start_s = $9)
     OR (scope = $10 AND span = $11 AND start_s = $12)";
 
+/// Writes totals, one for each row of parameters.
+macro_rules! put_totals {
+    ($rows:literal) => {
+        concat!(
+            "INSERT INTO window_total (scope, span, start_s, posted, held, fired) VALUES ",
+            $rows,
+            " ON CONFLICT (scope, span, start_s) DO UPDATE
+            SET posted = excluded.posted, held = excluded.held, fired = excluded.fired"
+        )
+    };
+}
+const PUT_ONE: &str = put_totals!("($1, $2, $3, $4, $5, $6)");
+const PUT_FOUR: &str = put_totals!(
+    "($1, $2, $3, $4, $5, $6), ($7, $8, $9, $10, $11, $12),
+    ($13, $14, $15, $16, $17, $18), ($19, $20, $21, $22, $23, $24)"
+);
+
 /// What is asked to know the budgets of `scopes`.
 pub(super) fn budgets_of(scopes: &[String]) -> Vec<Question> {
     of_scopes(BUDGETS, scopes)
+}
+
+fn key_values((scope, span, start_s): &TotalKey) -> [Val; 3] {
+    [scope.as_str().into(), span.name().into(), (*start_s).into()]
 }
 
 fn total_key(budget: &Budget, at_ns: i64) -> TotalKey {
@@ -134,15 +155,9 @@ impl Book<'_> {
     fn read_totals(&mut self, mut keys: BTreeSet<TotalKey>) -> Result<(), DbError> {
         keys.retain(|key| !self.totals.contains_key(key));
         let keys: Vec<TotalKey> = keys.into_iter().collect();
-        let question = |some: &[TotalKey]| {
-            let last = some.last().into_iter().cycle();
-            let values =
-                some.iter().chain(last).take(TOGETHER).flat_map(|(scope, span, start_s)| {
-                    [scope.as_str().into(), span.name().into(), (*start_s).into()]
-                });
-            (TOTALS, values.collect())
-        };
-        let questions: Vec<_> = keys.chunks(TOGETHER).map(question).collect();
+        let questions: Vec<_> = together(&keys)
+            .map(|some| (TOTALS, some.into_iter().flat_map(key_values).collect()))
+            .collect();
         let found = self.query_each(&questions)?;
         self.totals.extend(keys.into_iter().map(|key| (key, Total::default())));
         for row in found.iter().flatten() {
@@ -277,30 +292,15 @@ impl Book<'_> {
         let totals = std::mem::take(&mut self.totals).into_iter();
         let changed: Vec<(TotalKey, Total)> = totals.filter(|(_, total)| total.changed).collect();
         let (four, rest) = changed.as_chunks::<TOGETHER>();
-        let values = |((scope, span, start_s), total): &(TotalKey, Total)| {
+        let values = |(key, total): &(TotalKey, Total)| {
             let Total { posted, held, fired, .. } = *total;
-            let key = [scope.as_str().into(), span.name().into(), (*start_s).into()];
-            key.into_iter().chain([posted.into(), held.into(), fired.into()])
+            key_values(key).into_iter().chain([posted.into(), held.into(), fired.into()])
         };
         for some in four {
-            let values: Vec<Val> = some.iter().flat_map(values).collect();
-            self.write(
-                "INSERT INTO window_total (scope, span, start_s, posted, held, fired)
-                VALUES ($1, $2, $3, $4, $5, $6), ($7, $8, $9, $10, $11, $12),
-                ($13, $14, $15, $16, $17, $18), ($19, $20, $21, $22, $23, $24)
-                ON CONFLICT (scope, span, start_s) DO UPDATE
-                SET posted = excluded.posted, held = excluded.held, fired = excluded.fired",
-                &values,
-            )?;
+            self.write(PUT_FOUR, &some.iter().flat_map(values).collect::<Vec<Val>>())?;
         }
         for one in rest {
-            self.write(
-                "INSERT INTO window_total (scope, span, start_s, posted, held, fired)
-                VALUES ($1, $2, $3, $4, $5, $6)
-                ON CONFLICT (scope, span, start_s) DO UPDATE
-                SET posted = excluded.posted, held = excluded.held, fired = excluded.fired",
-                &values(one).collect::<Vec<Val>>(),
-            )?;
+            self.write(PUT_ONE, &values(one).collect::<Vec<Val>>())?;
         }
         Ok(())
     }

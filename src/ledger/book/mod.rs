@@ -205,13 +205,15 @@ impl<'a> Book<'a> {
 /// more than a row.
 const TOGETHER: usize = 4;
 
-/// Asks for `scopes`, [`TOGETHER`] in a statement. The last one is repeated where there are fewer.
+/// [`TOGETHER`] at a time; the last one is repeated where there are fewer.
+fn together<T>(items: &[T]) -> impl Iterator<Item = [&T; TOGETHER]> {
+    let chunks = items.chunks(TOGETHER);
+    chunks.map(|some| std::array::from_fn(|at| &some[at.min(some.len() - 1)]))
+}
+
+/// Asks for `scopes`, together.
 fn of_scopes(sql: &'static str, scopes: &[String]) -> Vec<Question> {
-    let question = |some: &[String]| {
-        let all = some.iter().chain(some.last().into_iter().cycle()).take(TOGETHER);
-        (sql, all.map(|scope| scope.as_str().into()).collect())
-    };
-    scopes.chunks(TOGETHER).map(question).collect()
+    together(scopes).map(|some| (sql, some.map(|scope| scope.as_str().into()).to_vec())).collect()
 }
 
 /// Amounts fit 64 bits: 9 billion USD in nano-USD. What does not is kept at the edge, where every
