@@ -85,7 +85,7 @@ fn time(device: &str, step: &model::Step) -> Result<Value> {
     let mut device = model::device(device, step)?;
     let mut times = Vec::new();
     for round in 0..WARM + TIMED {
-        device.launch(&step.asked(round == 0)).map_err(failed)?;
+        device.launch(step.asked(round == 0)).map_err(failed)?;
         let took = device.collect().map_err(failed)?.device_ns;
         times.extend((round >= WARM).then_some(took));
     }
@@ -107,11 +107,11 @@ fn time(device: &str, step: &model::Step) -> Result<Value> {
 fn busy(device: &str, step: &model::Step) -> Result<Value> {
     let mut device = model::device(device, step)?;
     let (mut device_ns, mut host_ns) = (0, 0);
-    device.launch(&step.asked(true)).map_err(failed)?;
+    device.launch(step.asked(true)).map_err(failed)?;
     let began = Instant::now();
     for _ in 0..TIMED {
         let launched = Instant::now();
-        device.launch(&step.asked(false)).map_err(failed)?;
+        device.launch(step.asked(false)).map_err(failed)?;
         host_ns += launched.elapsed().as_nanos() as u64;
         device_ns += device.collect().map_err(failed)?.device_ns;
     }

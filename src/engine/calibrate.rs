@@ -65,7 +65,7 @@ pub fn measure(
         && let Some(&(seqs, first, new)) = steps.next()
     {
         let inputs = inputs(seqs, first, new, limits.block_tokens);
-        device.launch(&DeviceStep { inputs, ..DeviceStep::default() })?;
+        device.launch(DeviceStep { inputs, ..DeviceStep::default() })?;
         let device_ns = device.collect()?.device_ns;
         let work =
             (0..seqs as u64).map(|seq| SeqWork::new(SeqId(seq), first as u32, new as u32, window));

@@ -81,7 +81,7 @@ impl<D: Device> Engine<D> {
         }
         let launched_ns = self.clock.now_ns();
         self.books.begin(launched_ns);
-        self.device.launch(&step)?;
+        self.device.launch(step)?;
         self.counters.steps += 1;
         let work = self.metering.work(&plan);
         self.in_flight.push_back(InFlight { plan, work, scores, draws, launched_ns });

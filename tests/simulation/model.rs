@@ -72,7 +72,7 @@ impl FakeModel {
 }
 
 impl Device for FakeModel {
-    fn launch(&mut self, step: &DeviceStep) -> Result<(), DeviceError> {
+    fn launch(&mut self, step: DeviceStep) -> Result<(), DeviceError> {
         self.fails_in = self.fails_in.map(|steps| steps.saturating_sub(1));
         if self.fails_in == Some(0) {
             return Err(DeviceError("the device fell off the bus".into()));
@@ -97,7 +97,7 @@ impl Device for FakeModel {
             let position = inputs.positions[row as usize] as usize;
             assert_eq!(position + 1, spec.position as usize);
             let choice = self.seats[spec.slot.0 as usize].0;
-            let token = draw(self.context(step, index, position), choice, &spec.banned);
+            let token = draw(self.context(&step, index, position), choice, &spec.banned);
             sampled.push((spec.slot, token));
         }
         for (slot, token) in &sampled {

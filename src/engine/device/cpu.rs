@@ -91,8 +91,8 @@ fn score(model: &Llama, pool: &CpuPool, specs: &[ScoreSpec], logits: &[f32]) -> 
 }
 
 impl Device for CpuDevice {
-    fn launch(&mut self, step: &DeviceStep) -> Result<(), DeviceError> {
-        let outcome = self.compute(step)?;
+    fn launch(&mut self, step: DeviceStep) -> Result<(), DeviceError> {
+        let outcome = self.compute(&step)?;
         self.done.push_back(outcome);
         Ok(())
     }

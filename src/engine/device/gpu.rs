@@ -18,7 +18,7 @@ use crate::{
     sampling::gpu::{Begin, Draw, GpuSampler, PAD, SampleLimits, Wanted, WantedToken},
 };
 
-use super::{Device, DeviceError, DeviceOutcome, DeviceStep};
+use super::{Device, DeviceError, DeviceOutcome, DeviceStep, SampleSpec, ScoreSpec};
 
 /// What a GPU's device is built with.
 #[derive(Clone, Copy, Debug)]
@@ -121,7 +121,7 @@ impl GpuDevice {
         self.model.into_parts()
     }
 
-    /// Bytes that graphs of all buckets take at most, by what one took.
+    /// Bytes that graphs of all buckets take at most, by what one took; none where none was captured.
     pub fn graph_bytes(&self) -> u64 {
         self.graph_bytes * self.buckets.len() as u64
     }
@@ -157,81 +157,72 @@ impl GpuDevice {
         if draws > 0 { self.sampler.draw(&*self.gpu, draws) } else { Ok(()) }
     }
 
-    fn run(&mut self, step: &DeviceStep) -> Result<UnderWay> {
-        let begins = step.begins.iter().map(|begin| Begin {
+    fn run(&mut self, step: DeviceStep) -> Result<UnderWay> {
+        let DeviceStep { begins, mut inputs, samples, scores } = step;
+        for begin in &begins {
+            self.tops[begin.slot.0 as usize] = begin.params.logprobs;
+        }
+        let (drawn_wanted, wanted) = self.wanted(&samples, &scores);
+        let begins = begins.iter().map(|begin| Begin {
             slot: begin.slot.0,
             params: &begin.params,
             choice: begin.choice,
             prompt: &begin.prompt,
             output: &begin.output,
         });
-        let mut draws: Vec<Draw<'_>> = step
-            .samples
-            .iter()
-            .map(|spec| Draw {
-                logits_row: spec.logits_row,
-                slot: spec.slot.0,
-                position: spec.position,
-                banned: &spec.banned,
-            })
-            .collect();
-        for begin in &step.begins {
-            self.tops[begin.slot.0 as usize] = begin.params.logprobs;
+        let draws = samples.iter().map(|spec| Draw {
+            logits_row: spec.logits_row,
+            slot: spec.slot.0,
+            position: spec.position,
+            banned: &spec.banned,
+        });
+        let mut draws: Vec<Draw<'_>> = draws.collect();
+        let bucket = self.bucket_of(&inputs, samples.len());
+        if let Some(index) = bucket {
+            let rows = self.buckets[index].0;
+            pad(&mut inputs, rows);
+            draws.extend(pads(rows - draws.len()));
         }
-        let (drawn_wanted, wanted) = self.wanted(step);
-        let bucket = self.bucket_of(step);
-        let padded;
-        let inputs = match bucket {
-            Some(index) => {
-                let rows = self.buckets[index].0;
-                let mut inputs = step.inputs.clone();
-                pad(&mut inputs, rows);
-                draws.extend(pads(rows - draws.len()));
-                padded = inputs;
-                &padded
-            }
-            None => &step.inputs,
-        };
         self.gpu.begin()?;
         self.sampler.seat(&*self.gpu, &self.inbox, &begins.collect::<Vec<_>>())?;
         self.packet.clear();
-        self.step.pack(inputs, &mut self.packet)?;
+        self.step.pack(&inputs, &mut self.packet)?;
         self.sampler.pack_draws(&draws, &mut self.packet)?;
         self.sampler.pack_wanted(&wanted, &mut self.packet)?;
         self.packet.send(&*self.gpu, &self.inbox)?;
         match bucket.and_then(|index| self.buckets[index].1.as_ref()) {
             Some(graph) => graph.replay()?,
-            None => self.compute(inputs, draws.len())?,
+            None => self.compute(&inputs, draws.len())?,
         }
         if !wanted.is_empty() {
             self.sampler.score(&*self.gpu, wanted.len())?;
         }
-        let (from, bytes) = self.sampler.results(step.samples.len(), wanted.len());
+        let (from, bytes) = self.sampler.results(samples.len(), wanted.len());
         let pending = self.gpu.end(from, bytes)?;
-        Ok(UnderWay { pending, draws: step.samples.len(), drawn_wanted, wanted })
+        Ok(UnderWay { pending, draws: samples.len(), drawn_wanted, wanted })
     }
 
     /// The bucket of a step that is one row of each sequence, which draws from its own logits.
-    fn bucket_of(&self, step: &DeviceStep) -> Option<usize> {
-        let (inputs, rows) = (&step.inputs, step.inputs.tokens());
+    fn bucket_of(&self, inputs: &StepInputs, samples: usize) -> Option<usize> {
+        let rows = inputs.tokens();
         let own = inputs.sample_rows.iter().enumerate().all(|(at, row)| at == *row as usize);
         let decode = rows == inputs.seqs()
             && inputs.sample_rows.len() == rows
             && own
-            && step.samples.len() <= rows
+            && samples <= rows
             && inputs.block_copies.is_empty();
         decode.then(|| self.buckets.iter().position(|(bucket, _)| *bucket >= rows)).flatten()
     }
 
     /// Which draws want their log-probability, and all that are wanted: theirs, then those of the prompt.
-    fn wanted(&self, step: &DeviceStep) -> (Vec<bool>, Vec<Wanted>) {
-        let tops = step.samples.iter().map(|spec| self.tops[spec.slot.0 as usize]);
+    fn wanted(&self, samples: &[SampleSpec], scores: &[ScoreSpec]) -> (Vec<bool>, Vec<Wanted>) {
+        let tops = samples.iter().map(|spec| self.tops[spec.slot.0 as usize]);
         let mut wanted = Vec::new();
-        for (draw, (spec, top)) in step.samples.iter().zip(tops.clone()).enumerate() {
+        for (draw, (spec, top)) in samples.iter().zip(tops.clone()).enumerate() {
             let of = WantedToken::Drawn { draw, slot: spec.slot.0 };
             wanted.extend(top.map(|top| Wanted { logits_row: spec.logits_row, of, top }));
         }
-        wanted.extend(step.scores.iter().map(|spec| Wanted {
+        wanted.extend(scores.iter().map(|spec| Wanted {
             logits_row: spec.logits_row,
             of: WantedToken::Given(spec.token),
             top: spec.top,
@@ -254,7 +245,7 @@ impl GpuDevice {
 }
 
 impl Device for GpuDevice {
-    fn launch(&mut self, step: &DeviceStep) -> std::result::Result<(), DeviceError> {
+    fn launch(&mut self, step: DeviceStep) -> std::result::Result<(), DeviceError> {
         let under_way = self.run(step).map_err(|error| DeviceError(error.to_string()))?;
         self.under_way.push_back(under_way);
         Ok(())

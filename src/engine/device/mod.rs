@@ -72,7 +72,7 @@ pub struct DeviceError(pub String);
 
 /// A device with its model. `collect` returns the outcome of the oldest launch not yet collected.
 pub trait Device {
-    fn launch(&mut self, step: &DeviceStep) -> Result<(), DeviceError>;
+    fn launch(&mut self, step: DeviceStep) -> Result<(), DeviceError>;
     fn collect(&mut self) -> Result<DeviceOutcome, DeviceError>;
     /// What NVML and CUDA call this device, where it is a GPU; ordinals differ between the two.
     fn gpu_uuid(&self) -> Option<String> {
