@@ -20,6 +20,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     files.retain(|file| file.extension().is_some_and(|extension| extension == "cu"));
     files.sort();
     let mut list = String::from("const FATBINS: &[(&str, &[u8])] = &[\n");
+    // As many at a time as cargo allows.
+    let most = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
     let mut running = Vec::new();
     for file in files {
         let name =
@@ -38,8 +40,6 @@ fn main() -> Result<(), Box<dyn Error>> {
             format!("{nvcc}: {error}; `eval \"$(kernels/setup)\"` makes one where there is no CUDA")
         })?;
         running.push((file, started));
-        // As many at a time as cargo allows.
-        let most = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
         if running.len() >= most {
             let (file, mut first) = running.remove(0);
             finish(&file, first.wait()?)?;

@@ -116,7 +116,7 @@ pub fn kv_blocks(
     let device = GpuDevice::new(gpu, config, weights, spec, None, &|_, _| {})
         .context("making room for the model's workspace on the GPU")?;
     let (free, total) = choice.open.gpu.memory()?;
-    let graph_bytes = if choice.graphs { device.graph_bytes() } else { 0 };
+    let graph_bytes = device.graph_bytes();
     let model = device.into_model();
     let room = Room { free, total, graph_bytes, share: choice.memory_share };
     let bytes = choice.kv_cache_bytes.map_or_else(|| room.kv_bytes(), |bytes| bytes.min(free));

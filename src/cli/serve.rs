@@ -129,11 +129,6 @@ fn load(config: &Config, clock: Clock) -> anyhow::Result<Loaded> {
     let resolved = registry.resolve(wanted, &BarProgress::default())?;
     let id = ModelId::new(config.served_model_name.as_deref().unwrap_or(&resolved.id));
     let (step_tokens_max, running_seqs_max) = config.batch.on(gpu.is_some());
-    if step_tokens_max < running_seqs_max {
-        anyhow::bail!(
-            "max_num_batched_tokens {step_tokens_max} is less than max_num_seqs {running_seqs_max}"
-        );
-    }
     let kv_cache_bytes = match gpu {
         // What is left of its memory, once the rest is there.
         Some(_) => 0,

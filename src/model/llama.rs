@@ -2,17 +2,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{
-    CpuStorage, CudaStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, bail,
-};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, bail};
 use half::{f16, vec::HalfBitsVecExt};
 
 use crate::ops::{
     Attention, AttentionTiles, BlockCopy, CpuPool, Embed, GatherRows, GpuPlace, KvDtype, KvShape,
     KvWrite, Linear, Matrix, Place, Region, RmsNorm, Rope, SiluMul, StepInputs, Vector, View,
-    WeightPlace, arena,
-    gpu::PACK,
-    region::{self, GpuOp1},
+    WeightPlace, arena, gpu::PACK, region::GpuOp1,
 };
 
 use super::{LayerWeights, ModelConfig, ModelError, ModelWeights};
@@ -130,9 +126,7 @@ impl Llama {
 
     /// Where a model on a GPU has its logits, `[logits_rows_max, stride]` of f32, and the stride.
     pub fn gpu_logits(&self) -> Result<(u64, usize)> {
-        let access = LogitsAddress { view: self.views.logits, found: std::cell::Cell::new(0) };
-        self.arena.apply(&access)?;
-        Ok((access.found.get(), self.views.logits.cols))
+        Ok((self.views.logits.address(self.arena.address()?), self.views.logits.cols))
     }
 
     /// Bytes of K and V of one block over all layers.
@@ -162,7 +156,10 @@ impl Llama {
         if rows == 0 {
             return Ok(());
         }
-        let tiles = AttentionTiles::new(inputs, self.config.heads / self.config.kv_heads);
+        let tiles = match place {
+            Place::Cpu(_) => AttentionTiles::new(inputs, self.config.heads / self.config.kv_heads),
+            Place::Gpu(_) => AttentionTiles::default(),
+        };
         let table = &self.weights.embed;
         self.arena.apply(&Embed { table, inputs, sampled, y: views.hidden, place })?;
         for (index, layer) in self.weights.layers.iter().enumerate() {
@@ -306,33 +303,6 @@ impl<F: FnOnce(&mut [f32]) -> R, R> InplaceOp1 for LogitsAccess<F, R> {
 impl<F: FnOnce(&mut [f32]) -> R, R> GpuOp1 for LogitsAccess<F, R> {
     fn gpu_fwd(&self, _: u64) -> Result<()> {
         bail!("logits on a GPU are read there")
-    }
-}
-
-/// Finds where a GPU has the logits.
-struct LogitsAddress {
-    view: View,
-    found: std::cell::Cell<u64>,
-}
-
-impl InplaceOp1 for LogitsAddress {
-    fn name(&self) -> &'static str {
-        "logits_address"
-    }
-
-    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
-        bail!("the logits are not on a GPU")
-    }
-
-    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
-        self.gpu_fwd(region::address(storage, layout)?)
-    }
-}
-
-impl GpuOp1 for LogitsAddress {
-    fn gpu_fwd(&self, arena: u64) -> Result<()> {
-        self.found.set(self.view.address(arena));
-        Ok(())
     }
 }
 

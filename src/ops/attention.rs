@@ -35,6 +35,7 @@ struct RowTile {
 }
 
 /// The tiles of a step, computed once for all layers.
+#[derive(Default)]
 pub struct AttentionTiles(Vec<RowTile>);
 
 impl AttentionTiles {

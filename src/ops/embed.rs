@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result, bail};
 use super::{
     Matrix, Place, StepInputs, View,
     arena::{Shared, f32_mut, for_rows},
-    gpu::{Args, Half, Launch, THREADS, Work},
+    gpu::{Args, Launch, THREADS, Work, kernel},
     region::{self, GpuOp1},
     step_inputs::TOKEN_FROM_DEVICE,
 };
@@ -53,10 +53,7 @@ impl GpuOp1 for Embed<'_> {
     fn gpu_fwd(&self, arena: u64) -> Result<()> {
         let (rows, place, table) = (self.inputs.tokens(), self.place.gpu()?, self.table.gpu()?);
         place.gpu.launch(&Launch {
-            kernel: match place.dtype {
-                Half::Bf16 => "embed_bf16",
-                Half::F16 => "embed_f16",
-            },
+            kernel: kernel!("embed", place.dtype),
             grid: [rows as u32, 1, 1],
             threads: THREADS,
             shared_bytes: 0,

@@ -2,7 +2,7 @@
 
 use candle_core::Result;
 
-use super::gpu::{Args, Gpu, Half, Launch, PACK, THREADS, Work};
+use super::gpu::{Args, Gpu, Half, Launch, PACK, THREADS, Work, kernel};
 
 /// Blocks that write at the memory's speed.
 const BLOCKS_MAX: usize = 4096;
@@ -20,10 +20,7 @@ impl Fill {
     pub fn run(&self, gpu: &dyn Gpu) -> Result<()> {
         let blocks = self.count.div_ceil(PACK * THREADS as usize).min(BLOCKS_MAX);
         gpu.launch(&Launch {
-            kernel: match self.dtype {
-                Half::Bf16 => "fill_bf16",
-                Half::F16 => "fill_f16",
-            },
+            kernel: kernel!("fill", self.dtype),
             grid: [blocks as u32, 1, 1],
             threads: THREADS,
             shared_bytes: 0,

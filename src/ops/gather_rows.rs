@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result};
 use super::{
     Place, View,
     arena::f32_mut,
-    gpu::{Args, Half, Launch, THREADS, Work},
+    gpu::{Args, Launch, THREADS, Work, kernel},
     region::{self, GpuOp1},
 };
 
@@ -43,10 +43,7 @@ impl GpuOp1 for GatherRows<'_> {
             return Ok(());
         }
         place.gpu.launch(&Launch {
-            kernel: match place.dtype {
-                Half::Bf16 => "gather_rows_bf16",
-                Half::F16 => "gather_rows_f16",
-            },
+            kernel: kernel!("gather_rows", place.dtype),
             grid: [wanted as u32, 1, 1],
             threads: THREADS,
             shared_bytes: 0,

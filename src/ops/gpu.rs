@@ -122,6 +122,26 @@ pub struct Launch {
     pub work: Work,
 }
 
+/// The name of a kernel that there is for both types, or for both types and both sizes of a head.
+macro_rules! kernel {
+    ($name:literal, $dtype:expr) => {
+        match $dtype {
+            $crate::ops::gpu::Half::Bf16 => concat!($name, "_bf16"),
+            $crate::ops::gpu::Half::F16 => concat!($name, "_f16"),
+        }
+    };
+    ($name:literal, $dtype:expr, $head_dim:expr) => {
+        match ($dtype, $head_dim) {
+            ($crate::ops::gpu::Half::Bf16, 64) => concat!($name, "_bf16_64"),
+            ($crate::ops::gpu::Half::Bf16, 128) => concat!($name, "_bf16_128"),
+            ($crate::ops::gpu::Half::F16, 64) => concat!($name, "_f16_64"),
+            ($crate::ops::gpu::Half::F16, 128) => concat!($name, "_f16_128"),
+            (_, dim) => candle_core::bail!("no {} for heads of {dim}", $name),
+        }
+    };
+}
+pub(crate) use kernel;
+
 /// What must cross the memory bus and be computed, whatever the kernel: the floor of its time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Work {

@@ -9,7 +9,7 @@ use half::{f16, slice::HalfFloatSliceExt};
 use super::{
     Place, Rope, StepInputs, View,
     arena::{Shared, f32_ref, for_rows},
-    gpu::{Args, Half, Launch, THREADS, Work},
+    gpu::{Args, Half, Launch, THREADS, Work, kernel},
     lanes::Element,
     region::{self, GpuOp1, GpuOp2},
     step_inputs::PAD_SLOT,
@@ -188,13 +188,6 @@ impl GpuOp2 for KvWrite<'_> {
     fn gpu_fwd(&self, cache: u64, arena: u64) -> Result<()> {
         let (place, rope, shape) = (self.place.gpu()?, self.rope, self.shape);
         let rows = self.inputs.tokens();
-        let kernel = match (place.dtype, shape.head_dim) {
-            (Half::Bf16, 64) => "rope_bf16_64",
-            (Half::Bf16, 128) => "rope_bf16_128",
-            (Half::F16, 64) => "rope_f16_64",
-            (Half::F16, 128) => "rope_f16_128",
-            (_, dim) => bail!("no kernel for heads of {dim}"),
-        };
         let norms = match rope.norms {
             Some((q, k)) => (q.gpu()?, k.gpu()?),
             None => (0, 0),
@@ -203,7 +196,7 @@ impl GpuOp2 for KvWrite<'_> {
         let threads_a_row = self.qkv.cols / 16;
         let kv = 2 * shape.kv_heads * shape.head_dim;
         place.gpu.launch(&Launch {
-            kernel,
+            kernel: kernel!("rope", place.dtype, shape.head_dim),
             grid: [rows as u32, threads_a_row.div_ceil(THREADS as usize) as u32, 1],
             threads: THREADS,
             shared_bytes: 0,

@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result, bail};
 use super::{
     CpuPlace, Matrix, PackedWeight, Place, Vector, View,
     arena::Shared,
-    gpu::{Args, Half, Launch, Matmul, PACK, THREADS},
+    gpu::{Args, Launch, Matmul, PACK, THREADS, kernel},
     region::{self, GpuOp1},
     simd::{self, Isa},
     tile::{self, GroupX, QuantX},
@@ -23,28 +23,8 @@ const PARALLEL_ROWS_MIN: usize = 4;
 /// Tiles that a thread takes at once for one row; with more rows it takes fewer.
 const GRAIN_TILES: usize = 8;
 
-/// Rows of weights that a block of the GPU's kernel takes, and the kernels by rows of x.
+/// Rows of weights that a block of the GPU's kernel takes.
 const GEMV_ROWS: usize = 4;
-const GEMV_BF16: [&str; 8] = [
-    "gemv_1_bf16",
-    "gemv_2_bf16",
-    "gemv_3_bf16",
-    "gemv_4_bf16",
-    "gemv_5_bf16",
-    "gemv_6_bf16",
-    "gemv_7_bf16",
-    "gemv_8_bf16",
-];
-const GEMV_F16: [&str; 8] = [
-    "gemv_1_f16",
-    "gemv_2_f16",
-    "gemv_3_f16",
-    "gemv_4_f16",
-    "gemv_5_f16",
-    "gemv_6_f16",
-    "gemv_7_f16",
-    "gemv_8_f16",
-];
 
 /// Quantised activations, allocated once.
 pub struct LinearScratch(Mutex<Quantised>);
@@ -139,11 +119,17 @@ impl GpuOp1 for Linear<'_> {
 
 /// A product of few rows by our own kernel, at the speed of reading the weights.
 fn gemv(op: &Matmul) -> Option<Launch> {
-    let kernels = match op.dtype {
-        Half::Bf16 => GEMV_BF16,
-        Half::F16 => GEMV_F16,
+    let kernel = match op.m {
+        1 => kernel!("gemv_1", op.dtype),
+        2 => kernel!("gemv_2", op.dtype),
+        3 => kernel!("gemv_3", op.dtype),
+        4 => kernel!("gemv_4", op.dtype),
+        5 => kernel!("gemv_5", op.dtype),
+        6 => kernel!("gemv_6", op.dtype),
+        7 => kernel!("gemv_7", op.dtype),
+        8 => kernel!("gemv_8", op.dtype),
+        _ => return None,
     };
-    let kernel = kernels.get(op.m.checked_sub(1)?)?;
     let (narrow, wide) = if op.wide { (0, op.y) } else { (op.y, 0) };
     Some(Launch {
         kernel,

@@ -4,26 +4,21 @@ use candle_core::{Result, bail};
 
 use super::gpu::{Args, Buffer, Gpu, Launch, THREADS, Work};
 
-/// Bytes that describe an array of a packet.
+/// Bytes that describe an array of a packet: `Segment` of `kernels/unpack.cu`.
 const SEGMENT_BYTES: usize = 24;
-/// Arrays of a packet, at most.
+/// Arrays of a packet, at most, and the bytes that are kept for them at its beginning.
 const SEGMENTS_MAX: usize = 32;
+const HEAD_BYTES: usize = SEGMENTS_MAX * SEGMENT_BYTES;
 /// Blocks of threads that an array gets, at most.
 const PARTS_MAX: usize = 64;
 
-/// Arrays of 32-bit words on their way.
+/// Arrays of 32-bit words on their way, as they travel.
 #[derive(Default)]
 pub struct Packet {
-    segments: Vec<Segment>,
-    words: Vec<u32>,
-}
-
-struct Segment {
-    to: u64,
-    from: usize,
-    words: usize,
-    row: usize,
-    stride: usize,
+    bytes: Vec<u8>,
+    segments: usize,
+    /// Words of the longest array.
+    longest: usize,
 }
 
 /// Where packets arrive.
@@ -33,14 +28,14 @@ pub struct Inbox(Buffer);
 impl Inbox {
     /// For packets of `words_max` words.
     pub fn new(gpu: &dyn Gpu, words_max: usize) -> Result<Self> {
-        gpu.allocate(SEGMENTS_MAX * SEGMENT_BYTES + words_max * 4).map(Self)
+        gpu.allocate(HEAD_BYTES + words_max * 4).map(Self)
     }
 }
 
 impl Packet {
     pub fn clear(&mut self) {
-        self.segments.clear();
-        self.words.clear();
+        self.bytes.clear();
+        (self.segments, self.longest) = (0, 0);
     }
 
     /// Words that go to one place.
@@ -56,12 +51,27 @@ impl Packet {
         row: usize,
         stride: usize,
     ) {
-        let from = self.words.len();
-        self.words.extend(words);
-        let words = self.words.len() - from;
-        if words > 0 {
-            self.segments.push(Segment { to, from, words, row, stride });
+        self.bytes.resize(self.bytes.len().max(HEAD_BYTES), 0);
+        let from = self.bytes.len();
+        for word in words {
+            self.bytes.extend_from_slice(&word.to_le_bytes());
         }
+        let words = (self.bytes.len() - from) / 4;
+        if words == 0 {
+            return;
+        }
+        // What has no place at the beginning is refused when it is sent.
+        let at = self.segments * SEGMENT_BYTES;
+        if at < HEAD_BYTES {
+            let head = &mut self.bytes[at..at + SEGMENT_BYTES];
+            head[..8].copy_from_slice(&to.to_le_bytes());
+            for (field, value) in head[8..].chunks_exact_mut(4).zip([from / 4, words, row, stride])
+            {
+                field.copy_from_slice(&(value as u32).to_le_bytes());
+            }
+        }
+        self.segments += 1;
+        self.longest = self.longest.max(words);
     }
 
     /// As [`Packet::words`], of 64 bits, which lie as a GPU has them: the low half first.
@@ -71,28 +81,18 @@ impl Packet {
 
     /// Sends everything, and puts it in its places.
     pub fn send(&self, gpu: &dyn Gpu, inbox: &Inbox) -> Result<()> {
-        let head = self.segments.len() * SEGMENT_BYTES;
-        let bytes = head + self.words.len() * 4;
-        if self.segments.len() > SEGMENTS_MAX || bytes > inbox.0.bytes {
+        let bytes = self.bytes.len();
+        if self.segments > SEGMENTS_MAX || bytes > inbox.0.bytes {
             bail!("a packet of {bytes} bytes is larger than its {}", inbox.0.bytes);
         }
-        let Some(most) = self.segments.iter().map(|segment| segment.words).max() else {
+        if self.segments == 0 {
             return Ok(());
-        };
-        let mut packet = Vec::with_capacity(bytes);
-        for segment in &self.segments {
-            packet.extend(segment.to.to_le_bytes());
-            let from = head / 4 + segment.from;
-            for word in [from, segment.words, segment.row, segment.stride] {
-                packet.extend((word as u32).to_le_bytes());
-            }
         }
-        packet.extend(self.words.iter().flat_map(|word| word.to_le_bytes()));
-        gpu.upload(inbox.0.address, &packet)?;
-        let parts = most.div_ceil(THREADS as usize).min(PARTS_MAX);
+        gpu.upload(inbox.0.address, &self.bytes)?;
+        let parts = self.longest.div_ceil(THREADS as usize).min(PARTS_MAX);
         gpu.launch(&Launch {
             kernel: "unpack",
-            grid: [parts as u32, self.segments.len() as u32, 1],
+            grid: [parts as u32, self.segments as u32, 1],
             threads: THREADS,
             shared_bytes: 0,
             args: Args::default().address(inbox.0.address),

@@ -1,6 +1,6 @@
 //! Memory that ops work on in place.
 
-use candle_core::{CudaStorage, InplaceOp1, InplaceOp2, Layout, Result, Tensor, bail};
+use candle_core::{CudaStorage, InplaceOp1, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 
 use super::gpu::Buffer;
 
@@ -21,6 +21,20 @@ pub trait GpuOp2: InplaceOp2 {
 }
 
 impl Region {
+    /// Where it begins in a GPU's memory.
+    pub fn address(&self) -> Result<u64> {
+        match self {
+            Self::Tensor(tensor) => {
+                let (storage, layout) = tensor.storage_and_layout();
+                match &*storage {
+                    Storage::Cuda(storage) => address(storage, layout),
+                    _ => bail!("a tensor is not on a GPU"),
+                }
+            }
+            Self::Emulated(memory) => Ok(memory.address),
+        }
+    }
+
     pub fn apply(&self, op: &impl GpuOp1) -> Result<()> {
         match self {
             Self::Tensor(tensor) => tensor.inplace_op1(op),

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result, bail};
 use super::{
     Place, Vector, View,
     arena::{Shared, f32_mut, for_rows, versions},
-    gpu::{Args, Half, Launch, PACK, Work},
+    gpu::{Args, Launch, PACK, Work, kernel},
     region::{self, GpuOp1},
 };
 
@@ -62,10 +62,7 @@ impl GpuOp1 for RmsNorm<'_> {
         let residual = self.residual.map_or(0, |residual| residual.address(arena));
         let passes = if self.residual.is_some() { 4 } else { 2 };
         place.gpu.launch(&Launch {
-            kernel: match place.dtype {
-                Half::Bf16 => "rms_norm_bf16",
-                Half::F16 => "rms_norm_f16",
-            },
+            kernel: kernel!("rms_norm", place.dtype),
             grid: [self.rows as u32, 1, 1],
             threads: threads as u32,
             shared_bytes: 0,

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CudaStorage, InplaceOp1, Layout, Result};
 use super::{
     Place, View,
     arena::{Shared, exp, f32_mut, for_rows, versions},
-    gpu::{Args, Half, Launch, PACK, THREADS, Work},
+    gpu::{Args, Launch, PACK, THREADS, Work, kernel},
     region::{self, GpuOp1},
 };
 
@@ -49,10 +49,7 @@ impl GpuOp1 for SiluMul<'_> {
     fn gpu_fwd(&self, arena: u64) -> Result<()> {
         let (place, size) = (self.place.gpu()?, self.y.cols);
         place.gpu.launch(&Launch {
-            kernel: match place.dtype {
-                Half::Bf16 => "silu_mul_bf16",
-                Half::F16 => "silu_mul_f16",
-            },
+            kernel: kernel!("silu_mul", place.dtype),
             grid: [size.div_ceil(PACK * THREADS as usize) as u32, self.rows as u32, 1],
             threads: THREADS,
             shared_bytes: 0,

@@ -1,10 +1,10 @@
 //! Attention on a GPU: decodes in splits over their KV, chunks of prompts on tensor cores.
 
-use candle_core::{Result, bail};
+use candle_core::Result;
 
 use super::Attention;
 use crate::ops::{
-    gpu::{Args, Half, Launch, Work},
+    gpu::{Args, Half, Launch, Work, kernel},
     place::GpuPlace,
     region::GpuOp2,
 };
@@ -37,18 +37,11 @@ impl Attention<'_> {
     /// The first `rows` sequences, of one query each, in splits over their KV.
     fn decode(&self, place: &GpuPlace, arena: u64, cache: u64, rows: usize) -> Result<()> {
         let (shape, dim) = (self.shape, self.shape.head_dim);
-        let (kernel, combine) = match (place.dtype, dim) {
-            (Half::Bf16, 64) => ("attention_decode_bf16_64", "attention_combine_bf16_64"),
-            (Half::Bf16, 128) => ("attention_decode_bf16_128", "attention_combine_bf16_128"),
-            (Half::F16, 64) => ("attention_decode_f16_64", "attention_combine_f16_64"),
-            (Half::F16, 128) => ("attention_decode_f16_128", "attention_combine_f16_128"),
-            (_, dim) => bail!("no attention kernel for heads of {dim}"),
-        };
         let splits = &place.splits;
         let (count, window) = (splits.count(rows * shape.kv_heads), self.window.unwrap_or(0));
         let scale = 1.0 / (dim as f32).sqrt();
         place.gpu.launch(&Launch {
-            kernel,
+            kernel: kernel!("attention_decode", place.dtype, dim),
             grid: [shape.kv_heads as u32, rows as u32, count as u32],
             threads: THREADS,
             shared_bytes: 0,
@@ -73,7 +66,7 @@ impl Attention<'_> {
             return Ok(());
         }
         place.gpu.launch(&Launch {
-            kernel: combine,
+            kernel: kernel!("attention_combine", place.dtype, dim),
             grid: [self.heads as u32, rows as u32, 1],
             threads: THREADS,
             shared_bytes: 0,
@@ -94,19 +87,12 @@ impl Attention<'_> {
     /// Chunks of any length: the sequences from `first` on.
     fn prefill(&self, place: &GpuPlace, arena: u64, cache: u64, first: usize) -> Result<()> {
         let (shape, dim) = (self.shape, self.shape.head_dim);
-        let kernel = match (place.dtype, dim) {
-            (Half::Bf16, 64) => "attention_prefill_bf16_64",
-            (Half::Bf16, 128) => "attention_prefill_bf16_128",
-            (Half::F16, 64) => "attention_prefill_f16_64",
-            (Half::F16, 128) => "attention_prefill_f16_128",
-            (_, dim) => bail!("no attention kernel for heads of {dim}"),
-        };
         let (group, seqs) = (self.heads / shape.kv_heads, self.inputs.seqs() - first);
         let rows = self.inputs.tokens() - self.inputs.cu_seqlens_q[first] as usize;
         let tiles = rows * group / PREFILL_QUERIES + seqs;
         let (step, word) = (&place.step, first as u64 * 4);
         place.gpu.launch(&Launch {
-            kernel,
+            kernel: kernel!("attention_prefill", place.dtype, dim),
             grid: [shape.kv_heads as u32, tiles as u32, 1],
             threads: THREADS,
             shared_bytes: ((PREFILL_QUERIES + PREFILL_KV_ROWS) * dim * Half::BYTES) as u32,
@@ -137,9 +123,9 @@ impl Attention<'_> {
             // A row of padding sees nothing.
             let rows = (inputs.cu_seqlens_q[seq + 1] - inputs.cu_seqlens_q[seq]) as usize;
             let rows = rows.min(len);
-            let sees = |end: usize| self.window.map_or(end, |window| end.min(window));
-            tokens += sees(len).saturating_add(rows.saturating_sub(1)).min(len);
-            pairs += (len - rows + 1..=len).map(sees).sum::<usize>();
+            let window = self.window.unwrap_or(len);
+            tokens += len.min(window + rows.saturating_sub(1));
+            pairs += seen(len, window) - seen(len - rows, window);
         }
         let bounds = &inputs.cu_seqlens_q;
         let rows = (bounds[seqs.end] - bounds[seqs.start]) as usize;
@@ -147,5 +133,26 @@ impl Attention<'_> {
         let kv = tokens * 2 * shape.kv_heads * shape.head_dim;
         let flops = 4 * pairs as u64 * (self.heads * shape.head_dim) as u64;
         Work { flops, ..Work::elements(rows + kv) }
+    }
+}
+
+/// Tokens that the first `rows` rows of a sequence see together, each up to `window` of them.
+fn seen(rows: usize, window: usize) -> usize {
+    let growing = rows.min(window);
+    growing * (growing + 1) / 2 + (rows - growing) * window
+}
+
+#[cfg(test)]
+mod tests {
+    use super::seen;
+
+    #[test]
+    fn what_rows_see_is_the_sum_over_them() {
+        for rows in 0..40 {
+            for window in [1, 7, 39, 40, 100] {
+                let one_by_one: usize = (1..=rows).map(|row: usize| row.min(window)).sum();
+                assert_eq!(seen(rows, window), one_by_one, "{rows} rows, a window of {window}");
+            }
+        }
     }
 }

@@ -54,20 +54,20 @@ impl GpuSampler {
     /// Finds the log-probabilities of `count` tokens, after the draws.
     pub fn score(&self, gpu: &dyn Gpu, count: usize) -> Result<()> {
         let (at, parts) = (&self.memory, parts(self.vocab));
+        // What the first kernel has and leaves, the second one reads.
+        let scanned = Args::default()
+            .address(self.logits)
+            .address(at.wanted_rows.address)
+            .address(at.wanted_tops.address)
+            .address(at.largest.address)
+            .address(at.sums.address)
+            .address(at.picks.address);
         gpu.launch(&Launch {
             kernel: "logprobs_scan",
             grid: [parts as u32, count as u32, 1],
             threads: SCAN_THREADS,
             shared_bytes: 0,
-            args: Args::default()
-                .address(self.logits)
-                .address(at.wanted_rows.address)
-                .address(at.wanted_tops.address)
-                .address(at.largest.address)
-                .address(at.sums.address)
-                .address(at.picks.address)
-                .u32(self.vocab)
-                .u32(self.stride),
+            args: scanned.u32(self.vocab).u32(self.stride),
             work: Work { bytes: (count * self.vocab * 4) as u64, flops: 0 },
         })?;
         gpu.launch(&Launch {
@@ -75,13 +75,7 @@ impl GpuSampler {
             grid: [count as u32, 1, 1],
             threads: SCAN_THREADS,
             shared_bytes: 0,
-            args: Args::default()
-                .address(self.logits)
-                .address(at.wanted_rows.address)
-                .address(at.wanted_tops.address)
-                .address(at.largest.address)
-                .address(at.sums.address)
-                .address(at.picks.address)
+            args: scanned
                 .address(at.wanted_tokens.address)
                 .address(at.wanted_slots.address)
                 .address(self.sampled)

@@ -82,7 +82,7 @@ impl Matmuls {
         let (alpha, beta) = (1f32, 0f32);
         if let Some(bias) = op.bias {
             let pointer = cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-            plan.set(pointer, &bias).map_err(wrong)?;
+            set(plan.desc, pointer, &bias).map_err(wrong)?;
         }
         let workspace = self.workspace.device_ptr(stream).0;
         // SAFETY: the plan is of these operands, which the op that planned the product has.
@@ -122,8 +122,7 @@ impl Plan {
         let desc = result::create_matmul_desc(compute, cudaDataType::CUDA_R_32F)?;
         let (w, x) = (layout(half, k, n, k)?, layout(half, k, m, k)?);
         let y = layout(out, n, m, stride)?;
-        let transposed = OPERATION_T;
-        set(desc, cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, &transposed)?;
+        set(desc, cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, &OPERATION_T)?;
         if shape.bias {
             let epilogue = cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
             set(desc, cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
@@ -146,14 +145,6 @@ impl Plan {
         // SAFETY: it was created above and is not used again.
         unsafe { result::destroy_matmul_pref(preference) }?;
         Ok(Self { desc, w, x, y, algorithm: found?.algo })
-    }
-
-    fn set<T>(
-        &self,
-        attribute: cublasLtMatmulDescAttributes_t,
-        value: &T,
-    ) -> std::result::Result<(), CublasError> {
-        set(self.desc, attribute, value)
     }
 }
 

@@ -13,7 +13,6 @@ use cudarc::{
     driver::{
         CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaStream, DevicePtr,
         DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
-        result::DriverError as Failure,
         sys::{
             CUdevice_attribute, CUevent_flags, CUfunction_attribute, CUgraphInstantiate_flags,
             CUstreamCaptureMode,
@@ -71,7 +70,7 @@ pub fn count() -> std::result::Result<usize, String> {
 }
 
 /// What to do about a failure of the driver.
-fn advice(error: &Failure) -> String {
+fn advice(error: &DriverError) -> String {
     use cudarc::driver::sys::CUresult as Code;
     match error.0 {
         Code::CUDA_ERROR_NO_DEVICE => {
@@ -127,7 +126,7 @@ impl Cuda {
             functions: Mutex::default(),
             matmuls: Mutex::new(Matmuls::new(&stream)?),
             uploads: Mutex::new(Uploads::new(&context)?),
-            downloads: Arc::new(Downloads::new(&context)),
+            downloads: Arc::default(),
             begun: Mutex::default(),
             device,
             context,
@@ -137,13 +136,13 @@ impl Cuda {
 
     pub fn facts(&self) -> Result<GpuFacts> {
         let uuid = self.context.uuid().map_err(failed)?;
-        let (free, total) = self.context.mem_get_info().map_err(failed)?;
+        let (free_bytes, total_bytes) = self.memory()?;
         Ok(GpuFacts {
             name: self.context.name().map_err(failed)?,
             uuid: uuid_text(uuid.bytes.map(|byte| byte as u8)),
             capability: self.context.compute_capability().map_err(failed)?,
-            free_bytes: free as u64,
-            total_bytes: total as u64,
+            free_bytes,
+            total_bytes,
         })
     }
 

@@ -66,13 +66,10 @@ impl Uploads {
 }
 
 /// Buffers for results, which come back once they were read.
+#[derive(Default)]
 pub struct Downloads(Mutex<Vec<Pinned>>);
 
 impl Downloads {
-    pub fn new(_: &Arc<CudaContext>) -> Self {
-        Self(Mutex::default())
-    }
-
     /// Begins to copy to a buffer, whose owner waits until it has arrived.
     pub fn start(
         &self,
